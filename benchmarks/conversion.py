@@ -57,9 +57,9 @@ def write_checkpoint(folder: Path, size: str, teacher: bool) -> None:
 def largest_group(size: str, teacher: bool) -> int:
     """Return the bytes of the largest group of arrays that must be in memory together."""
     config = model_config(size)
-    definition = define_model(config, QUESTION_PARTS)
+    model_def = define_model(config, QUESTION_PARTS)
     name_mapping = map_official_names(config, QUESTION_PARTS, default_fusion_start(config), teacher=teacher)
-    trees = {"params": definition.shapes, "teacher": definition.shapes}
+    trees = {"params": model_def.shapes, "teacher": model_def.shapes}
     return max(
         sum(4 * get_leaf(trees, path).size for path in paths) for paths, _ in group_arrays(name_mapping.mappings)
     )

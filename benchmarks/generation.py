@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = model_config(args.size, dtype="float32", attention="xla", scan_unroll=64)
-    definition = define_model(config, ("vision", "temporal", "universal", "decoder"))
+    model_def = define_model(config, ("vision", "temporal", "universal", "decoder"))
     search = SearchConfig(num_beams=args.beams, max_length=args.tokens)
     length = config.num_visual_tokens(args.frames)
 
@@ -49,15 +49,15 @@ def main() -> None:
         )
 
     def decoder(params: Any) -> Any:
-        return definition.bind(params).decoder
+        return model_def.bind(params).decoder
 
     start = count_flops(
         lambda p, m, k: decoder(p).init_cache(m, k, num_sequences=args.beams, length=args.tokens),
-        definition.shapes,
+        model_def.shapes,
         *memory(1),
     )
     once = count_flops(
-        lambda p, m, k: generate(decoder(p), m, k, search, SpecialTokens()), definition.shapes, *memory(1)
+        lambda p, m, k: generate(decoder(p), m, k, search, SpecialTokens()), model_def.shapes, *memory(1)
     )
     cached = start + (once - start) * args.tokens  # the loop's body is the same program for every token
 
@@ -65,7 +65,7 @@ def main() -> None:
         total = 0.0
         for prefix in range(1, args.tokens + 1):
             ids = jax.ShapeDtypeStruct((args.beams, prefix), jnp.int32)
-            total += count_flops(lambda p, i, m, k: decoder(p)(i, None, m, k), definition.shapes, ids, *memory(rows))
+            total += count_flops(lambda p, i, m, k: decoder(p)(i, None, m, k), model_def.shapes, ids, *memory(rows))
         return total
 
     print(

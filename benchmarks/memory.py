@@ -64,7 +64,7 @@ def print_row(name: str, config: RunConfig, mesh: MeshConfig) -> None:
     config = dataclasses.replace(config, mesh=mesh)
     program = trace_training(config, parse_topology(_TOPOLOGIES[mesh.fsdp * mesh.sequence]))
     compiled = program.compile(effort=-1).executable
-    parameters = jax.tree.leaves(program.spec.definition.shapes)
+    parameters = jax.tree.leaves(program.spec.model_def.shapes)
     parameter_sizes = {math.prod(shape) for leaf in parameters for shape in (leaf.shape, leaf.shape[1:])}
     memory = compiled.memory_analysis()
     figures = (

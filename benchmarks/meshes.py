@@ -34,7 +34,7 @@ from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.loop import open_streams
 from mplug2_jax.training.state import RunSpec, make_run_spec
-from mplug2_jax.training.step import make_step
+from mplug2_jax.training.step import make_train_step
 from mplug2_jax.training.workdir import special_tokens
 
 Curve = tuple[np.ndarray, list[np.ndarray]]  # losses, parameters after the last step
@@ -100,7 +100,7 @@ def main() -> None:
 
     def run(mesh: MeshConfig) -> Curve:
         spec = make_spec(mesh)
-        state, step, losses = jax.device_put(start, spec.shardings), make_step(spec), []
+        state, step, losses = jax.device_put(start, spec.shardings), make_train_step(spec), []
         for batch in batches:
             state, metrics = step(state, {name: put_batch(arrays, spec.mesh) for name, arrays in batch.items()})
             losses.append(float(metrics["loss"]))

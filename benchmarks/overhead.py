@@ -29,7 +29,7 @@ from mplug2_jax.training.checkpoint.checksums import checksums
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig, RunConfig, StreamConfig
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
-from mplug2_jax.training.step import StreamBatches, batch_sizes, make_step, train_step
+from mplug2_jax.training.step import StreamBatches, batch_sizes, make_train_step, train_step
 from mplug2_jax.training.telemetry.events import EventLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
@@ -40,7 +40,7 @@ def compile_bare(spec: RunSpec) -> Any:
     """Compile the step without metrics."""
 
     def bare(state: TrainState, batches: StreamBatches) -> tuple[TrainState, jax.Array]:
-        after, metrics = train_step(spec, state, batches, spec.values)
+        after, metrics = train_step(spec, state, batches, spec.hyperparams)
         return after, metrics["loss"]
 
     return jax.jit(bare, donate_argnums=0, out_shardings=(spec.shardings, replicated_sharding(spec.mesh)))
@@ -75,7 +75,7 @@ def main() -> None:
         "target_weights": np.ones((args.batch, 24), np.float32),
     }
     batches = {"image": put_batch(arrays, spec.mesh)}
-    step, bare_step, state = make_step(spec), compile_bare(spec), spec.init()
+    step, bare_step, state = make_train_step(spec), compile_bare(spec), spec.init()
     times: dict[str, list[float]] = {"bare": [], "monitored": []}
     with tempfile.TemporaryDirectory() as folder:
         workdir = WorkDir(Path(folder))
@@ -106,7 +106,7 @@ def main() -> None:
     checking = time.perf_counter() - start
     bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     bare, monitored = (float(np.median(times[variant])) for variant in ("bare", "monitored"))
-    print(f"{args.size}, caption, batch {args.batch}, float32, {spec.definition.num_params():,} parameters")
+    print(f"{args.size}, caption, batch {args.batch}, float32, {spec.model_def.num_params():,} parameters")
     print(f"bare step (median of {len(times['bare'])})     {1e3 * bare:9.2f} ms")
     print(f"monitored step (median of {len(times['monitored'])})  {1e3 * monitored:9.2f} ms")
     print(f"overhead                      {monitored / bare - 1:9.2%}")

@@ -25,7 +25,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.state import RunSpec, make_run_spec
-from mplug2_jax.training.step import StreamBatches, make_step, streams_loss
+from mplug2_jax.training.step import StreamBatches, make_train_step, streams_loss
 from mplug2_jax.training.telemetry.flops import training_flops
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     spec = run_spec(args)
     batches = {"video": put_batch(random_batch(args, spec.config.model.vocab_size), spec.mesh)}
     flops = count_flops(spec, batches)
-    step, state = make_step(spec), spec.init()
+    step, state = make_train_step(spec), spec.init()
     square = jax.random.normal(jax.random.key(0), (args.matmul, args.matmul))
     multiply = jax.jit(jnp.matmul)
     jax.block_until_ready(multiply(square, square))
@@ -111,7 +111,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"\n{args.size}, caption, batch {args.batch} x {args.frames} frames x {args.image_size} px, float32, "
-        f"dropout {args.dropout}, {spec.definition.num_params():,} parameters"
+        f"dropout {args.dropout}, {spec.model_def.num_params():,} parameters"
     )
     print(f"compile and first step   {compiled:8.1f} s")
     print(f"step (median of {args.steps:2})     {seconds:8.3f} s")

@@ -89,21 +89,21 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", args.devices)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = model_config(args.size, dtype=dtype, attention=args.attention)
-    definition = define_model(config, ("vision", "temporal", "universal", "decoder"))
+    model_def = define_model(config, ("vision", "temporal", "universal", "decoder"))
     search = SearchConfig(num_beams=args.beams, min_length=0, max_length=args.tokens)
-    params = jax.jit(definition.init)(jax.random.key(0))
+    params = jax.jit(model_def.init)(jax.random.key(0))
     frames = jax.random.randint(
         jax.random.key(1), (args.videos, args.frames, config.image_size, config.image_size, 3), 0, 256, jnp.uint8
     )
-    encode = jax.jit(lambda p, f: definition.bind(p).encode_visual(f))
+    encode = jax.jit(lambda p, f: model_def.bind(p).encode_visual(f))
     memory = encode(params, frames)
     mask = jnp.ones(memory.shape[:2], bool)
 
     def decoding(search_of: Callable[[Decoder, Array, Array], DecodeOutput], devices: int = 1) -> Callable[[], Any]:
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        placed = jax.device_put(params, make_param_shardings(definition.shapes, definition.axes, mesh).shardings)
+        placed = jax.device_put(params, make_param_shardings(model_def.shapes, model_def.axes, mesh).shardings)
         clips = jax.device_put((memory, mask), batch_sharding(mesh))
-        jitted = jax.jit(lambda p, m, k: search_of(definition.bind(p).decoder, m, k))
+        jitted = jax.jit(lambda p, m, k: search_of(model_def.bind(p).decoder, m, k))
 
         def run() -> Any:
             with jax.set_mesh(mesh):

@@ -42,21 +42,21 @@ def prepare_jax(args: argparse.Namespace) -> Calls:
     from mplug2_jax.objectives.forward import ForwardPass
     from mplug2_jax.objectives.language import caption_loss
     from mplug2_jax.parallel.placement import put_batch
-    from mplug2_jax.training.step import make_step
+    from mplug2_jax.training.step import make_train_step
 
     spec = run_spec(args)
     batch = put_batch(random_batch(args, spec.config.model.vocab_size), spec.mesh)
-    step, state = make_step(spec), spec.init()
-    loss = jax.jit(lambda params, batch: caption_loss(ForwardPass(spec.definition.bind(params), batch)).loss)
+    step, state = make_train_step(spec), spec.init()
+    loss = jax.jit(lambda params, batch: caption_loss(ForwardPass(spec.model_def.bind(params), batch)).loss)
 
-    encode = jax.jit(lambda params, frames: spec.definition.bind(params).encode_visual(frames))
+    encode = jax.jit(lambda params, frames: spec.model_def.bind(params).encode_visual(frames))
     visual = encode(state["params"], batch["frames"])
     config = SearchConfig(num_beams=args.beams, min_length=0, max_length=args.tokens)
 
     @jax.jit
     def search(params: Any, visual: jax.Array) -> Any:
         mask, tokens = jnp.ones(visual.shape[:2], bool), SpecialTokens(end=-1)  # no token ends a beam
-        return generate(spec.definition.bind(params).decoder, visual, mask, config, tokens)
+        return generate(spec.model_def.bind(params).decoder, visual, mask, config, tokens)
 
     def advance() -> None:
         nonlocal state

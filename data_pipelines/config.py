@@ -9,7 +9,7 @@ import numpy as np
 from data_pipelines.errors import DataError
 
 T = TypeVar("T")
-Free = Annotated[T, "free"]  # of fields that may change whenever a run resumes: they do not decide what it reads
+Runtime = Annotated[T, "runtime"]  # of fields that may change whenever a run resumes: they do not decide what it reads
 Steps = Annotated[int, "steps"]  # of the run; may be given as a duration: "5%", "3 epochs"
 
 Kind = Literal["image", "video", "text"]
@@ -42,9 +42,9 @@ class SourceConfig:
 
     format: Format = "digitworld"  # file format; digitworld generates its records
     kind: Kind = "image"  # what the records are read as; the same for all sources of a stream
-    path: Free[str] = ""  # file, folder or pattern, local or a URL ("gs://bucket/shards/*.tar")
-    media: Free[str] = ""  # folder of the images or videos that annotation files name; empty: the folder of the file
-    index: Free[str] = ""  # webdataset: folder of the tars' indexes, if theirs cannot be written; empty: next to them
+    path: Runtime[str] = ""  # file, folder or pattern, local or a URL ("gs://bucket/shards/*.tar")
+    media: Runtime[str] = ""  # folder of the images or videos that annotation files name; empty: the folder of the file
+    index: Runtime[str] = ""  # webdataset: folder of the tars' indexes, if they cannot be written next to the tars
     split: str = ""  # DigitWorld: "train" (default) or "heldout"; files: the name that they use
     seed: int = 0  # DigitWorld: its random seed
     label: str = ""  # DigitWorld: the attribute to label; empty: the digit in an image, the motion in a video
@@ -298,10 +298,10 @@ class DataConfig:
     batch_size: int  # examples per step, over all hosts
     batch_ramp: tuple[BatchStage, ...] = ()  # other batch sizes at first; batch_size holds after the last stage
     drop_remainder: bool = False  # drop an epoch's last partial batch; otherwise a batch may span two epochs
-    max_bad_fraction: Free[float] = 0.01  # stop the run above this fraction of unusable records in a source
-    num_workers: Free[int] = 0  # processes per host that build examples; 0: threads of the training process
-    num_threads: Free[int] = 2  # threads that build examples, of each process; 0: only the reader's own
-    prefetch: Free[int] = 64  # examples that a host keeps ready
+    max_bad_fraction: Runtime[float] = 0.01  # stop the run above this fraction of unusable records in a source
+    num_workers: Runtime[int] = 0  # processes per host that build examples; 0: threads of the training process
+    num_threads: Runtime[int] = 2  # threads that build examples, of each process; 0: only the reader's own
+    prefetch: Runtime[int] = 64  # examples that a host keeps ready
 
     def __post_init__(self) -> None:
         """Check that the sources make one stream.

@@ -1,8 +1,8 @@
 """Describe the fields of configs: types, valid values, the comments that follow them, and what a resume may change.
 
-A run that resumes may change its config. ``Free[int]`` and ``Neutral[int]`` mark fields, or whole groups of them, that
-may always change: the former do not touch what a step computes, the latter only its rounding. All others decide what is
-computed, and change only on request.
+A field's kind says whether a run may resume with another value. ``Runtime[int]`` and ``Execution[int]`` mark fields,
+or whole groups of them, that may always change: the former do not touch what a step computes, the latter only its
+rounding. All others are of kind "training" and change only on request.
 
 ``Steps`` marks a number of steps, which may be given as a duration: "5%", "3 epochs" (training/durations.py).
 """
@@ -16,11 +16,11 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-Kind = Literal["free", "neutral", "deciding"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+FieldKind = Literal["runtime", "execution", "training"]
+FIELD_KINDS: tuple[FieldKind, ...] = get_args(FieldKind)
 T = TypeVar("T")
-Free = Annotated[T, "free"]
-Neutral = Annotated[T, "neutral"]
+Runtime = Annotated[T, "runtime"]
+Execution = Annotated[T, "execution"]
 STEPS = "steps"
 Steps = Annotated[int, STEPS]
 
@@ -34,10 +34,10 @@ class Field(NamedTuple):
     value: Any
     type: str  # its type, or its valid values
     description: str
-    kind: Kind
+    kind: FieldKind
 
 
-def iter_fields(value: Any, path: str = "", kind: Kind = "deciding") -> Iterator[Field]:
+def iter_fields(value: Any, path: str = "", kind: FieldKind = "training") -> Iterator[Field]:
     """Yield every leaf field of a config; nested configs and named values are descended into."""
     cls: Any = type(value)
     hints, descriptions = get_type_hints(cls, include_extras=True), field_descriptions(cls)
@@ -47,7 +47,7 @@ def iter_fields(value: Any, path: str = "", kind: Kind = "deciding") -> Iterator
         yield from _iter_value(getattr(value, name), hints[name], f"{path}{name}", descriptions[name], kinds[name])
 
 
-def _iter_value(value: Any, hint: Any, path: str, description: str, kind: Kind) -> Iterator[Field]:
+def _iter_value(value: Any, hint: Any, path: str, description: str, kind: FieldKind) -> Iterator[Field]:
     hint = without_marks(hint, keep=STEPS)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from iter_fields(value, f"{path}.", kind)
@@ -59,11 +59,11 @@ def _iter_value(value: Any, hint: Any, path: str, description: str, kind: Kind) 
         yield Field(path, value, describe_type(hint), description, kind)
 
 
-def field_kinds(cls: type, default: Kind = "deciding") -> dict[str, Kind]:
+def field_kinds(cls: type, default: FieldKind = "training") -> dict[str, FieldKind]:
     """Return the kind of each field of a dataclass; ``default`` is that of the group which the dataclass is."""
     hints = get_type_hints(cls, include_extras=True).items()
     marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints}
-    return {name: next((kind for kind in KINDS if kind in mark), default) for name, mark in marks.items()}
+    return {name: next((kind for kind in FIELD_KINDS if kind in mark), default) for name, mark in marks.items()}
 
 
 @functools.cache
@@ -127,10 +127,10 @@ def config_groups(cls: type) -> dict[type, str]:
 
 def render_markdown(cls: type) -> str:
     """Return Markdown tables of a config's class and of the configs nested in it, for the docs."""
-    default: dict[type, Kind] = {}
+    default: dict[type, FieldKind] = {}
     tables = []
     for group, path in config_groups(cls).items():
-        kinds = field_kinds(group, default.get(group, "deciding"))
+        kinds = field_kinds(group, default.get(group, "training"))
         tables.append(_table(group, path, kinds))
         for name, hint in get_type_hints(group).items():
             for inner in _configs_in(hint):
@@ -138,14 +138,14 @@ def render_markdown(cls: type) -> str:
     return "\n\n".join(tables) + "\n"
 
 
-def _table(cls: type, path: str, kinds: Mapping[str, Kind]) -> str:
+def _table(cls: type, path: str, kinds: Mapping[str, FieldKind]) -> str:
     hints, descriptions = get_type_hints(cls, include_extras=True), field_descriptions(cls)
     rows = ["| field | type | default | kind | meaning |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         group = bool(_configs_in(hints[field.name]))
         default = "" if group or field.default is dataclasses.MISSING else f"`{field.default!r}`"
         type_name = "" if group else describe_type(hints[field.name])
-        kind = "" if group and kinds[field.name] == "deciding" else kinds[field.name]
+        kind = "" if group and kinds[field.name] == "training" else kinds[field.name]
         description = descriptions[field.name] or "see below"
         cells = (f"`{field.name}`", type_name, default, kind, description)
         rows.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")

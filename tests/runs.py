@@ -11,7 +11,7 @@ from mplug2_jax.config import to_dict
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import ModelConfig, model_config
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import (
     CheckpointConfig,
     OptimizerConfig,
@@ -72,7 +72,7 @@ def small_run(**overrides: Any) -> RunConfig:
             "video_text": stream("video", 8, pairs, vlc=1.0, vlm=1.0, ilm=1.0),
             "text": stream("text", 8, sentences, mlm=1.0, ilm=0.5),
         },
-        "tasks": TaskSettings(search=SearchConfig(num_beams=1, max_length=5)),
+        "tasks": TasksConfig(search=SearchConfig(num_beams=1, max_length=5)),
         "optimizer": OptimizerConfig(learning_rate=1e-3),
         # Constant, as other numbers of steps would be other programs.
         "schedule": ScheduleConfig(kind="constant", warmup_steps=1),

@@ -18,7 +18,7 @@ of a recipe, and `--only WORD` selects fields by name or meaning. This page is g
 package's `config.py`: `RENEW=1 pytest tests/test_fields.py` regenerates it.
 
 The kind of a field says whether a run may [resume with another value](runs.md#resuming-with-other-settings): always
-(free, neutral), or with `--force-change` (deciding). All fields below `config.evaluations` are free.
+(runtime, execution), or with `--force-change` (training). All fields below `config.evaluations` are runtime.
 
 """
 

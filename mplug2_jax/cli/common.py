@@ -69,13 +69,13 @@ def _add_parser(commands: Any, name: str, summary: str, details: str, example: s
     return parser
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose a run and a step of it."""
     parser.add_argument("--workdir", type=to_path, required=True, help="work directory of a training run")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the last)")
 
 
-def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer]":
+def restore_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer]":
     """Open the run of a work directory, with overrides, and return its spec, parameters, step and tokenizer.
 
     The parameters are the EMA where the run keeps one, which is logged.

@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
     """Print one line per field, in the form of an override."""
     from mplug2_jax.errors import UserError, did_you_mean
     from mplug2_jax.fields import iter_fields
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.training.durations import load_run_config
 
-    fields = list(iter_fields(load_run(args.recipe, args.overrides)))
+    fields = list(iter_fields(load_run_config(args.recipe, args.overrides)))
     word = (args.only or "").lower()
     shown = [field for field in fields if word in field.path.lower() or word in field.description.lower()]
     if not shown:

@@ -110,11 +110,11 @@ def source_config(args: argparse.Namespace) -> "SourceConfig":
 
 def run_show(args: argparse.Namespace) -> int:
     """Write STREAM-stepN.html, and .png if there are images; never over existing files."""
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.training.durations import load_run_config
 
     if args.step < 1:
         raise UserError(f"--step {args.step} should be at least 1, the first step")
-    config = load_run(args.recipe, args.overrides)
+    config = load_run_config(args.recipe, args.overrides)
     if args.stream and args.stream not in config.streams:
         raise UserError(f"--stream {args.stream} is not in the recipe: {did_you_mean(args.stream, config.streams)}")
     for name in [args.stream] if args.stream else config.streams:
@@ -294,8 +294,8 @@ def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
     """Yield the streams of a recipe and its evaluations, in order."""
     from data_pipelines.sources.formats import parse_spec
     from mplug2_jax.config import find_recipe
-    from mplug2_jax.tasks.contracts import CONTRACTS
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.tasks.specs import TASK_SPECS
+    from mplug2_jax.training.durations import load_run_config
     from mplug2_jax.training.workdir import load_or_train_tokenizer
 
     try:
@@ -304,10 +304,10 @@ def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
         if ":" in args.spec:
             parse_spec(args.spec)  # raises an error with the valid formats
         raise UserError(f"{error}; data without a recipe are given as FORMAT:PATH") from error
-    config = load_run(args.spec, args.overrides)
+    config = load_run_config(args.spec, args.overrides)
     tokenizer = load_or_train_tokenizer(config.tokenizer)
     data_sets = [(f"{name}/", name, stream.data, 0) for name, stream in config.streams.items()] + [
-        (f"evaluations/{name}/", name, evaluation.data, CONTRACTS[evaluation.task].min_answers)
+        (f"evaluations/{name}/", name, evaluation.data, TASK_SPECS[evaluation.task].min_answers)
         for name, evaluation in config.evaluations.items()
     ]
     for prefix, name, data, min_answers in data_sets:

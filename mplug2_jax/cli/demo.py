@@ -114,10 +114,10 @@ def run_tasks(args: argparse.Namespace) -> int:
 def run_scaling(args: argparse.Namespace) -> int:
     """Train the grid; print its losses, metrics and fits, and draw them."""
     from mplug2_jax.experiments.scaling import BASE_STEPS, draw, find_regressions, fit_all, grid_rows, train_grid
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.training.durations import load_run_config
 
     check_output("--png", args.png)
-    config = load_run("demo:long", [f"--config.steps={BASE_STEPS}", "--config.log_every=2", *args.overrides])
+    config = load_run_config("demo:long", [f"--config.steps={BASE_STEPS}", "--config.log_every=2", *args.overrides])
     runs, png = train_grid(config, args.workdir), args.png or args.workdir / "scaling.png"
     header, *rows = grid_rows(runs)
     print(table(rows, header, right=range(1, len(header))))
@@ -143,7 +143,7 @@ def run_ablation(args: argparse.Namespace) -> int:
         effects,
         run_variants,
     )
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.training.durations import load_run_config
 
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds} must be at least 1; one seed gives no confidence interval")
@@ -154,9 +154,9 @@ def run_ablation(args: argparse.Namespace) -> int:
     for name in args.only or ():
         if name not in VARIANTS:
             raise UserError(f"--only {name!r} is not a variant: {did_you_mean(name, VARIANTS)}")
-    config = load_run("demo:long", [f"--config.steps={PRETRAINING_STEPS}", *args.overrides])
+    config = load_run_config("demo:long", [f"--config.steps={PRETRAINING_STEPS}", *args.overrides])
     model = [word for word in args.overrides if word.startswith("--config.model.")]
-    finetuning = load_run(f"digitworld:{FINETUNED}", [f"--config.steps={FINETUNING_STEPS}", *model])
+    finetuning = load_run_config(f"digitworld:{FINETUNED}", [f"--config.steps={FINETUNING_STEPS}", *model])
     names = list(dict.fromkeys([FULL, *(args.only or VARIANTS)]))
     metrics: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
     for name, _, values in run_variants(config, finetuning, args.workdir, names, args.seeds):
@@ -170,19 +170,19 @@ def run_ablation(args: argparse.Namespace) -> int:
 
 def _load_run(name: str, overrides: "Sequence[str]") -> "RunConfig":
     """Return the run of a task, short unless the overrides say otherwise."""
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.training.durations import load_run_config
 
     short = (f"--config.steps={STEPS}", f"--config.schedule.warmup_steps={WARMUP_STEPS}", "--config.log_every=2")
-    return load_run(f"digitworld:{name}", [*short, *overrides])
+    return load_run_config(f"digitworld:{name}", [*short, *overrides])
 
 
 def _pretrain(path: Path) -> None:
     """Pretrain as ``make demo`` does, or resume, unless the run is finished or is another model's."""
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.training.durations import load_run_config
     from mplug2_jax.training.loop import train
     from mplug2_jax.training.workdir import WorkDir
 
-    config, workdir = load_run("demo"), WorkDir(path)
+    config, workdir = load_run_config("demo"), WorkDir(path)
     if path.exists():
         # A folder of checkpoints may lack a config, or have one of another run.
         existing = workdir.read_config() if workdir.exists() else None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from mplug2_jax.cli.common import add_command, add_run, open_run
+from mplug2_jax.cli.common import add_checkpoint_options, add_command, restore_run
 from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.console import Progress
 from mplug2_jax.errors import check_range
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         details="Run it again to resume where it stopped.",
         example="mplug2 embed --workdir runs/demo images --out features --feature contrastive",
     )  # fmt: skip
-    add_run(parser)
+    add_checkpoint_options(parser)
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",
         help="image, video, GIF or .txt, a folder of them, an annotation file (.json, .jsonl, .csv, .tsv), or any "
@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     sources, listing = find_sources(
         args.inputs, args.kind, media=args.media, split=args.split, max_records=args.max_records
     )
-    spec, params, step, tokenizer = open_run(args)
+    spec, params, step, tokenizer = restore_run(args)
     data = make_data_config(sources, spec, batch_size=args.batch_size, text_length=args.text_length)
-    extractor = FeatureExtractor(feature, data, spec.definition, tokenizer, spec.mesh, seed=spec.config.seed)
+    extractor = FeatureExtractor(feature, data, spec.model_def, tokenizer, spec.mesh, seed=spec.config.seed)
     request = make_request(feature, data, extractor, spec, params, step=step, listing=listing)
     writer = FeatureWriter(args.out, request, args.format, len(extractor))
     # All processes read the folder before the primary process writes to it.

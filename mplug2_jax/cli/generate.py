@@ -13,7 +13,7 @@ from absl import logging
 from data_pipelines.errors import DataError
 from data_pipelines.storage.local_files import write_locally
 from data_pipelines.storage.paths import to_path
-from mplug2_jax.cli.common import add_command, add_run, open_run
+from mplug2_jax.cli.common import add_checkpoint_options, add_command, restore_run
 from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError, check_range
 
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         details="A text file holds its own instruction, or the text that the instruction is about.",
         example='mplug2 generate --workdir runs/demo clip.mp4 --instruction "which way does the red digit move?"',
     )  # fmt: skip
-    add_run(parser)
+    add_checkpoint_options(parser)
     parser.add_argument(
         "files", nargs="+", type=to_path, metavar="FILE", help="image, video, GIF or .txt, or a folder of them"
     )
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     requests, errors = read_requests(paths, args.instruction)
     if errors and len(paths) == 1:
         raise errors[0]
-    spec, params, _, tokenizer = open_run(args)
+    spec, params, _, tokenizer = restore_run(args)
     search = _search_config(args, spec.config)
     check_parts(requests, spec, args.workdir)
     generator = Generator(spec, params, tokenizer, search, seed=args.seed or 0)

@@ -72,13 +72,13 @@ def run(args: argparse.Namespace) -> int:
     if args.cost_goldens or args.topology is not None:  # the accelerators of this machine are not needed
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported, which reads it then
     from mplug2_jax.parallel.accelerators import parse_topology
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.training.durations import load_run_config
 
     if args.cost_goldens:
         return _run_cost_goldens(args.cost_goldens)
     if args.config is None:
         raise UserError("--config is missing: name the recipe to plan, as pretrain:large")
-    config = load_run(args.config, args.overrides)
+    config = load_run_config(args.config, args.overrides)
     if args.effort is None:
         args.effort = -1.0 if args.search else 0.0
     check_range("--effort", args.effort, -1, 1)
@@ -214,14 +214,14 @@ def format_shardings(config: "RunConfig", mesh: "Mesh | AbstractMesh") -> "Itera
     from mplug2_jax.parallel.placement import make_param_shardings
     from mplug2_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
 
-    definition = define_model(config.model, config.parts())
-    placement = make_param_shardings(definition.shapes, definition.axes, mesh)
+    model_def = define_model(config.model, config.parts())
+    placement = make_param_shardings(model_def.shapes, model_def.axes, mesh)
     yield f"mesh of {mesh.size} devices: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}"
     yield f"\n{_format_rules('parameters', PARAMETER_RULES)}\n\n{_format_rules('activations', ACTIVATION_RULES)}\n"
 
     rows, num_local = [], 0
-    shapes, _ = jax.tree_util.tree_flatten_with_path(definition.shapes)
-    names = jax.tree.leaves(definition.axes, is_leaf=lambda x: isinstance(x, tuple))
+    shapes, _ = jax.tree_util.tree_flatten_with_path(model_def.shapes)
+    names = jax.tree.leaves(model_def.axes, is_leaf=lambda x: isinstance(x, tuple))
     for (path, shape), axes, sharding in zip(shapes, names, jax.tree.leaves(placement.shardings), strict=True):
         name = "/".join(key.key for key in path)
         size = math.prod(sharding.shard_shape(shape.shape))
@@ -229,7 +229,7 @@ def format_shardings(config: "RunConfig", mesh: "Mesh | AbstractMesh") -> "Itera
         mark = " *" if name in placement.skipped_rules else ""
         rows.append((name, _join(shape.shape), _join(axes), _join(sharding.spec) + mark, f"{size:,}"))
     yield table(rows, ("parameter", "shape", "logical axes", "sharded over", "elements per device"), right=(4,))
-    yield f"\n{definition.num_params():,} parameters; {num_local:,} per device"
+    yield f"\n{model_def.num_params():,} parameters; {num_local:,} per device"
     if placement.skipped_rules:
         yield "\n* skipped rules:"
         yield from (f"  {name}: {reason}" for name, reason in placement.skipped_rules.items())

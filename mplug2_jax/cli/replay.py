@@ -48,7 +48,7 @@ def describe_changes(changes: "Sequence[ConfigChange]") -> str:
     """Return a sentence on the config of the step where it is not the run's present one."""
     listed = "; ".join(f"config.{change}" for change in changes)
     return (
-        "replayed with the config of that step, except for the mesh and fields of kind free, which are the run's "
+        "replayed with the config of that step, except for the mesh and runtime fields, which are the run's "
         f"present ones: {listed} now"
     )
 

@@ -68,9 +68,9 @@ def _details(name: str, path: Path, size: str) -> "Iterator[str]":
 def _read(name: str, size: str) -> "tuple[RunConfig, int]":
     """Return a task's run and the number of its parameters."""
     from mplug2_jax.model.mplug2 import define_model
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.training.durations import load_run_config
 
-    config = load_run(f"{name}:{size}")
+    config = load_run_config(f"{name}:{size}")
     return config, define_model(config.model, config.parts()).num_params()
 
 

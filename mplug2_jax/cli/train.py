@@ -65,11 +65,11 @@ def resolve_recipe(recipe: str | None, plan: Path | None, overrides: Sequence[st
 
 def run(args: argparse.Namespace) -> int:
     """Train, print the evaluations and write the report."""
-    from mplug2_jax.training.durations import load_run
+    from mplug2_jax.training.durations import load_run_config
 
     recipe, overrides = resolve_recipe(args.config, args.plan, args.overrides)
     # Errors in the config are reported before JAX is imported and other processes are waited for.
-    return _train(load_run(recipe, overrides), args.workdir, overrides, args.force_change)
+    return _train(load_run_config(recipe, overrides), args.workdir, overrides, args.force_change)
 
 
 def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str], force: Sequence[str]) -> int:

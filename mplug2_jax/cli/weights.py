@@ -137,7 +137,7 @@ def run_import(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer, seed=args.seed, overwrite=args.overwrite, verify=args.verify,
     )  # fmt: skip
     print(report.summary())
-    print(f"{args.to}: model with {', '.join(plan.definition.parts)}; {plan.definition.num_params():,} parameters")
+    print(f"{args.to}: model with {', '.join(plan.model_def.parts)}; {plan.model_def.num_params():,} parameters")
     return report.status
 
 

@@ -122,13 +122,13 @@ def _run_jax(
     params: Params, config: ModelConfig, parts: tuple[str, ...], batches: Mapping[str, Batch], tokens: SpecialTokens,
     search: SearchConfig,
 ) -> tuple[Activations, GeneratedText]:  # fmt: skip
-    definition = define_model(config, parts)
+    model_def = define_model(config, parts)
 
     @jax.jit
-    @definition.with_precision
+    @model_def.with_precision
     def run(params: Params, batch: Any) -> Any:
         taps = Taps()
-        model: Mplug2 = definition.bind(params)
+        model: Mplug2 = model_def.bind(params)
         visual = model.encode_visual(batch["frames"], taps=taps)
         memory, mask = visual, jnp.ones(visual.shape[:2], bool)
         if "text" in parts:
@@ -139,9 +139,9 @@ def _run_jax(
         return {**taps, "logits": logits}, memory, mask
 
     @jax.jit
-    @definition.with_precision
+    @model_def.with_precision
     def decode(params: Params, memory: Any, mask: Any) -> Any:
-        return generate(definition.bind(params).decoder, memory, mask, search, tokens)
+        return generate(model_def.bind(params).decoder, memory, mask, search, tokens)
 
     activations: Activations = {}
     on_device = jax.tree.map(jnp.asarray, params)

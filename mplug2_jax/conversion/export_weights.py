@@ -128,11 +128,11 @@ def _compare(plan: ExportPlan, file: Path, settings: Path | None) -> list[Compar
     """Compare PyTorch's model from the new file with ours from the checkpoint (or from the file, if it is rounded)."""
     source = open_source(file if file.exists() else file.with_name(f"{file.name}.index.json"))
     config, parts = plan.model.config, official.TASK_PARTS[plan.task]
-    definition = define_model(config, parts)
+    model_def = define_model(config, parts)
     if plan.rounded:
-        params, _ = official.load_official(source, definition, plan.fusion_start)
+        params, _ = official.load_official(source, model_def, plan.fusion_start)
     else:
-        params, _ = plan.checkpoints.restore_params(definition.shapes, plan.step, tree=plan.tree)
+        params, _ = plan.checkpoints.restore_params(model_def.shapes, plan.step, tree=plan.tree)
     return compare_frameworks(
         params, config, parts, plan.fusion_start, source, tokenizer=plan.tokenizer, settings=settings
     )

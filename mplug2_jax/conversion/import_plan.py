@@ -33,7 +33,7 @@ class SourceMapping:
 class ImportPlan:
     """Everything about an import that is known before an array is read."""
 
-    definition: ModelDef
+    model_def: ModelDef
     title: str
     sources: Sequence[SourceMapping]
     state: Mapping[StatePath, jax.ShapeDtypeStruct]  # every array of the checkpoint
@@ -44,7 +44,7 @@ class ImportPlan:
     def notes(self) -> list[str]:
         """Return what is assumed about the sources, and where the release's code would compute something else."""
         notes = [note for source in self.sources for note in source.checkpoint.assumptions]
-        return notes + activation_notes(self.definition.config, self.definition.parts)
+        return notes + activation_notes(self.model_def.config, self.model_def.parts)
 
     @property
     def initialized(self) -> list[StatePath]:
@@ -98,11 +98,11 @@ def _plan_official(
     config, fusion_start = checkpoint.sizes
     config = dataclasses.replace(config, image_size=image_size or config.image_size)
     teacher = checkpoint.has_teacher
-    definition = define_model(config, tuple(parts) if parts else official.TASK_PARTS[task])
-    name_mapping = official.map_official_names(config, definition.parts, fusion_start, teacher=teacher)
+    model_def = define_model(config, tuple(parts) if parts else official.TASK_PARTS[task])
+    name_mapping = official.map_official_names(config, model_def.parts, fusion_start, teacher=teacher)
     origin = {"layout": "official", "task": task, "fusion_start": fusion_start, "teacher": teacher}
     title = f"official {task}" + (" with its teacher" if teacher else "")
-    return _plan(definition, title, [(checkpoint, name_mapping)], origin, teacher=teacher)
+    return _plan(model_def, title, [(checkpoint, name_mapping)], origin, teacher=teacher)
 
 
 def _plan_clip_and_bert(
@@ -127,11 +127,11 @@ def _plan_clip_and_bert(
     else:
         encoder = official.QUESTION_PARTS if "clip" in by_kind else ("text", "universal")
         default_parts = (*encoder, *(("mlm",) if head else ()))
-    definition = define_model(config, tuple(parts) if parts else default_parts)
+    model_def = define_model(config, tuple(parts) if parts else default_parts)
 
     def name_mapping(checkpoint: DetectedCheckpoint) -> NameMapping:
         if checkpoint.kind == "bert":
-            names = bert.map_bert_names(config, definition.parts, head=head)
+            names = bert.map_bert_names(config, model_def.parts, head=head)
         else:
             names = (clip.map_openai_names if checkpoint.layout == "openai" else clip.map_hugging_face_names)(config)
         mappings = (dataclasses.replace(mapping, path=("params", *mapping.path)) for mapping in names.mappings)
@@ -139,14 +139,14 @@ def _plan_clip_and_bert(
 
     title = " + ".join(checkpoint.title for checkpoint in checkpoints)
     pairs = [(checkpoint, name_mapping(checkpoint)) for checkpoint in checkpoints]
-    return _plan(definition, title, pairs, {"layout": title}, teacher=False)
+    return _plan(model_def, title, pairs, {"layout": title}, teacher=False)
 
 
 def _plan(
-    definition: ModelDef, title: str, name_mappings: Sequence[tuple[DetectedCheckpoint, NameMapping]],
+    model_def: ModelDef, title: str, name_mappings: Sequence[tuple[DetectedCheckpoint, NameMapping]],
     origin: Mapping[str, Any], *, teacher: bool,
 ) -> ImportPlan:  # fmt: skip
-    trees = {"params": definition.shapes} | ({"teacher": definition.shapes} if teacher else {})
+    trees = {"params": model_def.shapes} | ({"teacher": model_def.shapes} if teacher else {})
     state = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
     sources: list[SourceMapping] = []
     pieces: dict[StatePath, list[tuple[SourceMapping, TensorMapping]]] = {}
@@ -160,4 +160,4 @@ def _plan(
     for path, mappings in pieces.items():
         layers = {mapping.layer for _, mapping in mappings}
         assert layers == {None} or len(layers) == state[path].shape[0], path
-    return ImportPlan(definition, title, sources, state, pieces, origin)
+    return ImportPlan(model_def, title, sources, state, pieces, origin)

@@ -63,7 +63,7 @@ def run_import(
     """
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     if loaded:
-        check_vocabulary(loaded, plan.definition.config)
+        check_vocabulary(loaded, plan.model_def.config)
     if verify:
         check_torch()
         if plan.origin["layout"] != "official":
@@ -78,7 +78,7 @@ def run_import(
     progress = ByteProgress(f"importing {plan.title}", sum(sizes.values()))
     with atomic_folder(to, overwrite=overwrite) as folder:
         importer = _Importer(plan, progress, seed)
-        model = ModelMetadata(plan.definition.config, plan.definition.parts, plan.origin)
+        model = ModelMetadata(plan.model_def.config, plan.model_def.parts, plan.origin)
         checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=model, lazy=True)
         with contextlib.closing(progress), contextlib.closing(checkpoints):
             checkpoints.save(importer.lazy_state(), DataPosition(0, {}))
@@ -99,11 +99,11 @@ def _compare(plan: ImportPlan, folder: Path, tokenizer: Tokenizer | None) -> lis
     """Compare our model, restored from the new checkpoint, with PyTorch's, loaded from the source."""
     (source,) = plan.sources
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), read_only=True)
-    params, _ = checkpoints.restore_params(plan.definition.shapes)
+    params, _ = checkpoints.restore_params(plan.model_def.shapes)
     checkpoints.close()
-    definition = plan.definition
+    model_def = plan.model_def
     return compare_frameworks(
-        params, definition.config, definition.parts, plan.origin["fusion_start"], source.checkpoint.tensors,
+        params, model_def.config, model_def.parts, plan.origin["fusion_start"], source.checkpoint.tensors,
         tokenizer=tokenizer,
     )  # fmt: skip
 
@@ -146,7 +146,7 @@ class _Importer:
         target = value if mapping.layer is None else value[mapping.layer : mapping.layer + 1].reshape(value.shape[1:])
         param = mapping.to_param(tensor)
         if mapping.path[1:] == POSITIONS and param.shape != target.shape:
-            config = self._plan.definition.config
+            config = self._plan.model_def.config
             grid = config.image_size // config.patch_size
             param = np.asarray(resize_positions(jnp.asarray(param, jnp.float32), grid))
         copy_into(target, param)
@@ -171,7 +171,7 @@ class _Importer:
         paths = {path[1:] for path in self._plan.initialized}
 
         def init(key: Any) -> dict[str, Any]:
-            leaves = jax.tree_util.tree_leaves_with_path(self._plan.definition.init(key))
+            leaves = jax.tree_util.tree_leaves_with_path(self._plan.model_def.init(key))
             arrays = {tuple(k.key for k in path): leaf for path, leaf in leaves}
             return {"/".join(path): arrays[path] for path in paths}
 
@@ -261,12 +261,12 @@ def write_recipe(plan: ImportPlan, folder: Path, make_recipe: MakeRecipe | None,
     mistake. A model that is not one of the release's has no recipe.
     """
     workdir = WorkDir(folder)
-    parts = set(plan.definition.parts)
+    parts = set(plan.model_def.parts)
     task = next((task for task, task_parts in TASK_PARTS.items() if set(task_parts) <= parts), None)
     if task is None or make_recipe is None:
         if tokenizer:
             tokenizer.save(workdir.tokenizer_folder)
         return
-    config = make_recipe(plan.definition.config, task)
+    config = make_recipe(plan.model_def.config, task)
     tokenizer_config = dataclasses.replace(config.tokenizer, path="vocab.txt")
     workdir.initialize(dataclasses.replace(config, tokenizer=tokenizer_config), tokenizer)

@@ -23,7 +23,7 @@ from mplug2_jax.tasks.base import TaskContext
 
 
 def add_answers(
-    context: TaskContext, config: EvaluationConfig, where: str, definition: ModelDef, tokenizer: Tokenizer
+    context: TaskContext, config: EvaluationConfig, where: str, model_def: ModelDef, tokenizer: Tokenizer
 ) -> TaskContext:
     """Add an evaluation's list of answers, if it has one, to the context. Raises UserError if they do not fit."""
     check_range(f"{where}.num_ranked", config.num_ranked, 0)
@@ -33,8 +33,8 @@ def add_answers(
         return context
     if config.task not in ("answer", "vqa"):
         raise UserError(f"{where}.answers_file is for the tasks 'answer' and 'vqa', not for '{config.task}': remove it")
-    data, max_positions = config.data.examples, definition.config.max_positions
-    search = None if config.num_ranked else context.settings.search
+    data, max_positions = config.data.examples, model_def.config.max_positions
+    search = None if config.num_ranked else context.config.search
     path = to_path(config.answers_file)
     answers = read_answers(path, f"{where}.answers_file", data, tokenizer, search, max_positions)
     return dataclasses.replace(

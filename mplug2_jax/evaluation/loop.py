@@ -39,7 +39,7 @@ from mplug2_jax.parallel.placement import (
 )
 from mplug2_jax.parallel.processes import allgather_dict, is_primary_process
 from mplug2_jax.tasks.base import HostPredictions, Predictions, TaskContext
-from mplug2_jax.tasks.contracts import required_parts
+from mplug2_jax.tasks.specs import required_parts
 from mplug2_jax.tasks.table import TASKS
 
 
@@ -52,7 +52,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, name: str, config: EvaluationConfig, definition: ModelDef, context: TaskContext, tokenizer: Tokenizer,
+        self, name: str, config: EvaluationConfig, model_def: ModelDef, context: TaskContext, tokenizer: Tokenizer,
         mesh: Mesh, *, seed: int, recipe: str = "",
     ) -> None:  # fmt: skip
         self.name, self._config, self._mesh, self._tokenizer = name, config, mesh, tokenizer
@@ -68,7 +68,7 @@ class Evaluation:
             first = self._set.first_example()
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error
-        check_task(where, config.task, {name: array.shape for name, array in first.arrays.items()}, definition)
+        check_task(where, config.task, {name: array.shape for name, array in first.arrays.items()}, model_def)
         assert task.score is not None
         if self._set.views > 1 and not task.averages_views:
             raise UserError(
@@ -79,13 +79,13 @@ class Evaluation:
         if config.java_metrics and task.external_metrics is None:
             raise UserError(f"{where}.java_metrics is for the task 'caption', not for '{config.task}': remove it")
         self._score, self._external_metrics = task.score, task.external_metrics if config.java_metrics else None
-        context = add_answers(context, config, where, definition, tokenizer)
-        context = add_prompts(context, config, where, definition, tokenizer, rows)
-        self._precompute = jit_precompute(config.task, definition, context, mesh) if task.precompute else None
-        self._predict = jit_predict(config.task, definition, context, mesh)
+        context = add_answers(context, config, where, model_def, tokenizer)
+        context = add_prompts(context, config, where, model_def, tokenizer, rows)
+        self._precompute = jit_precompute(config.task, model_def, context, mesh) if task.precompute else None
+        self._predict = jit_predict(config.task, model_def, context, mesh)
         self._pair_scorer = None
         if task.score_pairs is not None:
-            self._pair_scorer = PairScorer(task.score_pairs, self._set, rows, definition, context, mesh)
+            self._pair_scorer = PairScorer(task.score_pairs, self._set, rows, model_def, context, mesh)
         self._rerank, self._context = task.rerank, context
         # References are compared as the tokenizer can represent them, but the release compares raw texts.
         self._round_trip: Callable[[str], str] = str
@@ -164,7 +164,7 @@ class Evaluation:
         )  # fmt: skip
 
 
-def check_task(where: str, name: str, example: Mapping[str, tuple[int, ...]], definition: ModelDef) -> None:
+def check_task(where: str, name: str, example: Mapping[str, tuple[int, ...]], model_def: ModelDef) -> None:
     """Check that a model can do a task with examples of these shapes.
 
     Raises:
@@ -173,36 +173,36 @@ def check_task(where: str, name: str, example: Mapping[str, tuple[int, ...]], de
     task, frames = TASKS[name], example.get("frames")
     task.check(set(example), where)
     needed = required_parts([(task, frames is not None, frames is not None and frames[0] > 1)])
-    missing = set(needed) - set(definition.parts) - {"universal"}  # a run may disable the universal layers
+    missing = set(needed) - set(model_def.parts) - {"universal"}  # a run may disable the universal layers
     if missing:
         raise UserError(
             f"{where}: task '{name}' needs the parts {', '.join(sorted(missing))}, which this model lacks "
-            f"(it has {', '.join(definition.parts)})"
+            f"(it has {', '.join(model_def.parts)})"
         )
-    if task.num_classes and task.num_classes != definition.config.num_classes:
+    if task.num_classes and task.num_classes != model_def.config.num_classes:
         raise UserError(
             f"{where}: task '{name}' has {task.num_classes} classes, but config.model.num_classes="
-            f"{definition.config.num_classes}; set that to {task.num_classes}"
+            f"{model_def.config.num_classes}; set that to {task.num_classes}"
         )
 
 
-def jit_predict(task: str, definition: ModelDef, context: TaskContext, mesh: Mesh) -> Any:
+def jit_predict(task: str, model_def: ModelDef, context: TaskContext, mesh: Mesh) -> Any:
     """Return the jitted (parameters, batch) -> predictions of a task; call it with the mesh in context."""
     predict = TASKS[task].predict
     assert predict is not None
     # Replicated, so that every process has all predictions of a batch.
     return jax.jit(
-        definition.with_precision(lambda params, batch: predict(definition.bind(params), batch, context)),
+        model_def.with_precision(lambda params, batch: predict(model_def.bind(params), batch, context)),
         out_shardings=replicated_sharding(mesh),
     )
 
 
-def jit_precompute(task: str, definition: ModelDef, context: TaskContext, mesh: Mesh) -> Any:
+def jit_precompute(task: str, model_def: ModelDef, context: TaskContext, mesh: Mesh) -> Any:
     """Return the jitted parameters -> arrays that all batches of a task share, replicated on every device."""
     precompute = TASKS[task].precompute
     assert precompute is not None
     return jax.jit(
-        definition.with_precision(lambda params: precompute(definition.bind(params), context)),
+        model_def.with_precision(lambda params: precompute(model_def.bind(params), context)),
         out_shardings=replicated_sharding(mesh),
     )
 

@@ -55,12 +55,12 @@ class PairScorer:
 
     def __init__(
         self, score_pairs: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]], examples: EvaluationSet,
-        rows: int, definition: ModelDef, context: TaskContext, mesh: Mesh,
+        rows: int, model_def: ModelDef, context: TaskContext, mesh: Mesh,
     ) -> None:  # fmt: skip
         self._set, self._batch_size, self._mesh = examples, rows, mesh
         # Replicated, so that every process has all scores of a batch.
         self._score_pairs = jax.jit(
-            definition.with_precision(lambda params, batch: score_pairs(definition.bind(params), batch, context)),
+            model_def.with_precision(lambda params, batch: score_pairs(model_def.bind(params), batch, context)),
             out_shardings=replicated_sharding(mesh),
         )
 

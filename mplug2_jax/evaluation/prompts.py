@@ -14,7 +14,7 @@ from mplug2_jax.tasks.table import TASKS
 
 
 def add_prompts(
-    context: TaskContext, config: EvaluationConfig, where: str, definition: ModelDef, tokenizer: Tokenizer, rows: int
+    context: TaskContext, config: EvaluationConfig, where: str, model_def: ModelDef, tokenizer: Tokenizer, rows: int
 ) -> TaskContext:
     """Add an evaluation's prompts, if its task has any, to the context, in batches of ``rows``.
 
@@ -31,7 +31,7 @@ def add_prompts(
     names = config.class_names or classes
     if len(names) != len(classes):
         raise UserError(f"{where}.class_names has {len(names)} names, expected one for each of {len(classes)} classes")
-    prompts = encode_prompts(where, config.prompts, names, tokenizer, definition.config.max_positions, rows)
+    prompts = encode_prompts(where, config.prompts, names, tokenizer, model_def.config.max_positions, rows)
     return dataclasses.replace(context, prompts=prompts._replace(pooling=config.prompt_pooling))
 
 

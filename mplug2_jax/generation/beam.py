@@ -38,7 +38,7 @@ class SearchState(Protocol):
 
 
 State = TypeVar("State", bound=SearchState)
-Step = Callable[[Int[Array, " br"], Int[Array, ""], State], tuple[Float[Array, "br v"], State]]
+DecodeFn = Callable[[Int[Array, " br"], Int[Array, ""], State], tuple[Float[Array, "br v"], State]]
 
 
 class _LoopState(NamedTuple):
@@ -56,7 +56,7 @@ def length_penalty(length: int) -> Float[Array, " m"]:
 
 
 def beam_search(
-    step: Step[State], state: State, batch: int, config: SearchConfig, tokens: SpecialTokens, *,
+    step: DecodeFn[State], state: State, batch: int, config: SearchConfig, tokens: SpecialTokens, *,
     step_gives_log_probs: bool = False,
 ) -> DecodeOutput:  # fmt: skip
     """Search with ``config.num_beams`` beams per example, up to ``config.max_length`` tokens.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mplug2_jax.generation.beam import DecodeOutput, State, Step, length_penalty
+from mplug2_jax.generation.beam import DecodeFn, DecodeOutput, State, length_penalty
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SpecialTokens
 
@@ -38,7 +38,7 @@ def top_p_filter(logits: Float[Array, "*n v"], top_p: float) -> Float[Array, "*n
 
 
 def sample(
-    step: Step[State], state: State, keys: Key[Array, " b"], config: SearchConfig, tokens: SpecialTokens
+    step: DecodeFn[State], state: State, keys: Key[Array, " b"], config: SearchConfig, tokens: SpecialTokens
 ) -> DecodeOutput:
     """Sample ``config.num_beams`` sequences per example, up to ``config.max_length`` tokens; the likeliest comes first.
 

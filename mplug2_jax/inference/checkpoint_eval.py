@@ -12,11 +12,11 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.results import EvaluationResult
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.tasks.contracts import required_parts
+from mplug2_jax.tasks.specs import required_parts
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.durations import build_run
+from mplug2_jax.training.durations import build_run_config
 from mplug2_jax.training.loop import open_evaluations
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.workdir import WorkDir, special_tokens
@@ -47,7 +47,7 @@ class CheckpointUnderTest:
         """
         workdir = WorkDir(path)
         recorded = workdir.read_config()
-        config = build_run(override(as_recipe(recorded), overrides))
+        config = build_run_config(override(as_recipe(recorded), overrides))
         tokenizer = workdir.load_tokenizer(config)
         checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, read_only=True)
         use_ema = bool(recorded.ema_decay and config.ema_decay)
@@ -69,7 +69,7 @@ class CheckpointUnderTest:
         model = checkpoints.model_metadata(step)
         has_ema = any(leaf[0] == "ema" for leaf in checkpoints.array_specs(step))
         stored = {"model": to_dict(model.config), "ema_decay": _ANY_DECAY if has_ema else 0.0}
-        config = build_run(override(as_recipe(load_recipe(recipe).to_dict() | stored), overrides))
+        config = build_run_config(override(as_recipe(load_recipe(recipe).to_dict() | stored), overrides))
         workdir = WorkDir(checkpoints.folder.parent)
         if not workdir.tokenizer_folder.exists() and not config.tokenizer.path:
             raise UserError(

@@ -121,7 +121,7 @@ def make_request(
     else:
         reading = {"visual": dataclasses.asdict(data.visual)}
     model = {
-        "run": spec.config.name, "parts": list(spec.definition.parts), "config": to_dict(spec.config.model),
+        "run": spec.config.name, "parts": list(spec.model_def.parts), "config": to_dict(spec.config.model),
         "weights": _hash(json.dumps(checksums(params), sort_keys=True)),
     }  # fmt: skip
     return {

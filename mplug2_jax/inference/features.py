@@ -76,7 +76,7 @@ class FeatureExtractor:
     Args:
         config: of the feature.
         data: the records, and how they are read: ``visual`` or ``examples.text_length``.
-        definition: of the model.
+        model_def: of the model.
         tokenizer: of the run.
         mesh: to compute on.
         seed: of the run.
@@ -87,15 +87,15 @@ class FeatureExtractor:
     """
 
     def __init__(
-        self, config: FeatureConfig, data: DataConfig, definition: ModelDef, tokenizer: Tokenizer, mesh: Mesh, *,
+        self, config: FeatureConfig, data: DataConfig, model_def: ModelDef, tokenizer: Tokenizer, mesh: Mesh, *,
         seed: int,
     ) -> None:  # fmt: skip
         check_batch_divisible("--batch-size", data.batch_size, mesh)
-        check_feature_parts(config.name, data.kind, definition)
+        check_feature_parts(config.name, data.kind, model_def)
         self._set = EvaluationSet(data, tokenizer, name="features", seed=seed)
         self._sources, self._mesh = list(data.sources), mesh
         example = self._set.first_example().arrays
-        example_axes = _find_example_axes(definition, example)
+        example_axes = _find_example_axes(model_def, example)
         if config.name not in ("contrastive", "pooled", *example_axes):
             raise UserError(
                 f"feature '{config.name}' does not exist for {data.kind}s: "
@@ -105,12 +105,12 @@ class FeatureExtractor:
             config = FeatureConfig(name="text/out" if data.kind == "text" else "visual/out", pool="mean")
         axis = example_axes.get(config.name, 0)
         compute: Callable[[Params, DeviceBatch], NamedArrays] = lambda params, batch: _compute_features(  # noqa: E731
-            definition.bind(params), batch, config, axis
+            model_def.bind(params), batch, config, axis
         )
-        outputs = jax.eval_shape(compute, definition.shapes, _abstract_batch(example, 1))
+        outputs = jax.eval_shape(compute, model_def.shapes, _abstract_batch(example, 1))
         self.shapes = {name: (tuple(x.shape[1:]), x.dtype.name) for name, x in outputs.items()}  # of one example
         # Replicated, so that the primary process can write all features of a batch.
-        self._compute = jax.jit(definition.with_precision(compute), out_shardings=replicated_sharding(mesh))
+        self._compute = jax.jit(model_def.with_precision(compute), out_shardings=replicated_sharding(mesh))
 
     def __len__(self) -> int:
         """Return the number of records, including those that cannot be used."""
@@ -155,7 +155,7 @@ class FeatureExtractor:
         return key if len(self._sources) == 1 or key == source else f"{source}/{key}"
 
 
-def check_feature_parts(feature: str, kind: Kind, definition: ModelDef) -> None:
+def check_feature_parts(feature: str, kind: Kind, model_def: ModelDef) -> None:
     """Check that a model has the parts that compute a feature.
 
     Raises:
@@ -163,11 +163,11 @@ def check_feature_parts(feature: str, kind: Kind, definition: ModelDef) -> None:
     """
     needed = {"text": ("text",), "image": ("vision",), "video": ("vision", "temporal")}[kind]
     needed = (*needed, "contrastive") if feature == "contrastive" else needed
-    missing = [part for part in needed if part not in definition.parts]
+    missing = [part for part in needed if part not in model_def.parts]
     if missing:
         raise UserError(
             f"feature '{feature}' of {kind}s needs the parts {', '.join(missing)}, which this model lacks (it has "
-            f"{', '.join(definition.parts)})"
+            f"{', '.join(model_def.parts)})"
         )
 
 
@@ -178,7 +178,7 @@ def _encode(model: Mplug2, batch: DeviceBatch, taps: Taps) -> Float[Array, "b s 
     return model.encode_text(batch["text"], batch["text_mask"], taps=taps)
 
 
-def _find_example_axes(definition: ModelDef, example: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+def _find_example_axes(model_def: ModelDef, example: Mapping[str, NDArray[Any]]) -> dict[str, int]:
     """Return the taps that an example passes, each with its dimension of examples: the one that grows with the batch.
 
     Nothing is computed.
@@ -187,10 +187,10 @@ def _find_example_axes(definition: ModelDef, example: Mapping[str, NDArray[Any]]
     def tap_shapes(num_examples: int) -> dict[str, Any]:
         def record(params: Params, batch: DeviceBatch) -> NamedArrays:
             taps = Taps()
-            _encode(definition.bind(params), batch, taps)
+            _encode(model_def.bind(params), batch, taps)
             return dict(taps)
 
-        return jax.eval_shape(record, definition.shapes, _abstract_batch(example, num_examples))
+        return jax.eval_shape(record, model_def.shapes, _abstract_batch(example, num_examples))
 
     two, three = tap_shapes(2), tap_shapes(3)
     return {

@@ -82,7 +82,7 @@ def check_parts(requests: Iterable[GenerateRequest], spec: RunSpec, workdir: Pat
     Raises:
         UserError: names the part that it lacks.
     """
-    parts = spec.definition.parts
+    parts = spec.model_def.parts
     if "decoder" not in parts:
         raise UserError(f"the model in {workdir} has no decoder (its parts: {', '.join(parts)})")
     for request in requests:
@@ -110,9 +110,9 @@ class Generator:
         self._visual = visual_config(spec.config)
 
         @jax.jit
-        @spec.definition.with_precision
+        @spec.model_def.with_precision
         def generate_batch(params: Params, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
-            model = spec.definition.bind(params)
+            model = spec.model_def.bind(params)
             forward = ForwardPass(model, batch)
             memory, mask = forward.caption_memory if "frames" in batch else forward.instruction_memory
             output = generate(model.decoder, memory, mask, search, spec.context.tokens, batch["seed"])
@@ -153,7 +153,7 @@ class Generator:
         arrays: dict[str, NDArray[Any]] = {"seed": seeds}
         if loaded[0][1] is not None:
             arrays["frames"] = np.stack([frames for _, frames in padded if frames is not None])
-        if "text" in self._spec.definition.parts:
+        if "text" in self._spec.model_def.parts:
             max_length = self._spec.config.model.max_positions
             instructions = [request.instruction for request, _ in padded]
             ids = [encode_instruction(text, self._examples, self._tokenizer, max_length) for text in instructions]

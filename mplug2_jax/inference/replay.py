@@ -23,7 +23,7 @@ from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import check_data_unchanged, data_position, open_streams
 from mplug2_jax.training.optim.partition import combine, partition
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
-from mplug2_jax.training.step import StreamBatches, make_step, split_micro_batches, step_inputs, streams_loss
+from mplug2_jax.training.step import StreamBatches, make_train_step, split_micro_batches, step_inputs, streams_loss
 from mplug2_jax.training.telemetry.events import read_events
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.workdir import WorkDir, special_tokens
@@ -100,7 +100,7 @@ def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> Replaye
                 state = _convert_state(state, spec)
             else:
                 state, position = _state_after(start, workdir, checkpoints, spec, streams)
-            run_step = make_step(spec)
+            run_step = make_train_step(spec)
             for number in numbers:
                 if number < step:
                     state, _ = run_step(state, _load_batches(streams, position.batch_index(number), spec)[0])
@@ -209,7 +209,7 @@ def _single_example_grad(spec: RunSpec, name: str) -> Callable[[TrainState, Devi
         (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return value, optax.tree.norm(gradients)
 
-    jitted = jax.jit(spec.definition.with_precision(measure))
+    jitted = jax.jit(spec.model_def.with_precision(measure))
 
     def call(state: TrainState, batch: DeviceBatch, row: int) -> tuple[float, float]:
         with jax.set_mesh(spec.mesh):

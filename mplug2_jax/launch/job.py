@@ -17,7 +17,7 @@ from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.parallel.accelerators import Topology, parse_topology
 from mplug2_jax.planning.plan_file import PlanFile, read_plan
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.durations import load_run
+from mplug2_jax.training.durations import load_run_config
 
 GRACE_PERIOD = 120
 """Seconds from SIGTERM to SIGKILL, by default."""
@@ -105,7 +105,7 @@ def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace_period: in
     grace_period = GRACE_PERIOD if grace_period is None else grace_period
     check_range("--grace-period", grace_period, 1, 3600)
     check_range("--max-restarts", max_restarts, 0)
-    run_config = load_run(plan.config, plan.overrides)
+    run_config = load_run_config(plan.config, plan.overrides)
     config, recipe = bundle_recipe(plan.config)
     replicas = abstract_mesh(run_config.mesh, topology.devices).shape["replica"]
     if replicas % topology.slices:

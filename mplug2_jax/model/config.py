@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mplug2_jax.errors import UserError, check_range, did_you_mean
-from mplug2_jax.fields import Neutral
+from mplug2_jax.fields import Execution
 
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "xla", "fused", "splash", "cudnn"]
@@ -82,9 +82,9 @@ class ModelConfig:
     attention_dropout: float = 0.1  # of attention probabilities there; flash kernels need 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of compute; parameters, softmax, norms, losses: float32
     matmul_precision: MatmulPrecision = "default"  # of float32 matmuls on TPUs and GPUs; exact only with "highest"
-    attention: Neutral[AttentionKernel] = "auto"  # kernel; auto: the fastest for the device and the shapes
-    remat: Neutral[RematConfig] = RematConfig()
-    scan_unroll: Neutral[int] = 1  # layers per scan iteration; >= the depth: no loop (exact costs, faster on CPUs)
+    attention: Execution[AttentionKernel] = "auto"  # kernel; auto: the fastest for the device and the shapes
+    remat: Execution[RematConfig] = RematConfig()
+    scan_unroll: Execution[int] = 1  # layers per scan iteration; >= the depth: no loop (exact costs, faster on CPUs)
 
     def __post_init__(self) -> None:
         """Check that the sizes fit together.

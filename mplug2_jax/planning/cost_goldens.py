@@ -18,7 +18,7 @@ from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.planning.programs import CompiledProgram, trace_program
 from mplug2_jax.planning.remedies import format_oom, try_compile
 from mplug2_jax.planning.report import PlanReport, make_report
-from mplug2_jax.training.durations import load_run
+from mplug2_jax.training.durations import load_run_config
 
 TOLERANCE = 0.01
 """Relative increase of memory or traffic that passes."""
@@ -80,7 +80,7 @@ def measure_costs(golden: CostGolden) -> MeasuredCosts:
     Raises:
         UserError: the program does not fit, or its recipe or topology does not exist.
     """
-    config = load_run(golden.recipe, golden.overrides)
+    config = load_run_config(golden.recipe, golden.overrides)
     topology = parse_topology(golden.topology, golden.slices)
     compiled = try_compile(trace_program(config, topology, golden.evaluation), _COMPILE_EFFORT)
     if not isinstance(compiled, CompiledProgram):

@@ -77,10 +77,10 @@ def prediction_costs(program: TracedProgram) -> Costs:
     model = dataclasses.replace(spec.config.model, attention="xla")
     predict = TASKS[evaluation.task].predict
     assert predict is not None
-    definition = define_model(model, spec.definition.parts)
+    model_def = define_model(model, spec.model_def.parts)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.state, dict(program.batches)))
     max_length = spec.config.tasks.search.max_length
     counts = count_flops(
-        lambda params, batch: predict(definition.bind(params), batch, spec.context), *arguments, trip_count=max_length
+        lambda params, batch: predict(model_def.bind(params), batch, spec.context), *arguments, trip_count=max_length
     )
     return Costs(towers={program.name: _sum_by_tower(counts)}, objectives={}, recomputed_flops=0)

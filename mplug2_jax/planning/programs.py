@@ -153,7 +153,7 @@ def trace_training(config: RunConfig, topology: Topology) -> TracedProgram:
             TASKS[objective].check(set(batches[name]), f"config.streams.{name}")
     start = time.perf_counter()
     with jax.set_mesh(spec.mesh):
-        lowered = jit_train_step(spec).lower(spec.shapes, batches, spec.value_shapes)
+        lowered = jit_train_step(spec).lower(spec.shapes, batches, spec.hyperparam_shapes)
     return TracedProgram("train", spec, topology, lowered, spec.shapes, batches, time.perf_counter() - start)
 
 
@@ -174,11 +174,11 @@ def trace_evaluation(config: RunConfig, topology: Topology, name: str) -> Traced
     rows = evaluation.per_device_batch_size * num_batch_shards(spec.mesh)
     data = dataclasses.replace(evaluation.data, batch_size=rows)
     example = {key: shape[1:] for key, (shape, _) in data.shapes().items()}
-    check_task(f"config.evaluations.{name}", evaluation.task, example, spec.definition)
+    check_task(f"config.evaluations.{name}", evaluation.task, example, spec.model_def)
     start = time.perf_counter()
     with jax.set_mesh(spec.mesh):
         batch = {**abstract_batch(data, spec, mask=True), **_precomputed(spec, evaluation)}
-        predict = jit_predict(evaluation.task, spec.definition, spec.context, spec.mesh)
+        predict = jit_predict(evaluation.task, spec.model_def, spec.context, spec.mesh)
         params = spec.eval_param_shapes
         lowered = predict.lower(params, batch)
     return TracedProgram(name, spec, topology, lowered, params, batch, time.perf_counter() - start)
@@ -195,7 +195,7 @@ def _precomputed(spec: RunSpec, evaluation: EvaluationConfig) -> Mapping[str, ja
     if precompute is None:
         return {}
     context = dataclasses.replace(spec.context, prompts=Prompts(np.zeros((1, classes, 1), np.int32), classes, 1))
-    shapes = jax.eval_shape(lambda params: precompute(spec.definition.bind(params), context), spec.eval_param_shapes)
+    shapes = jax.eval_shape(lambda params: precompute(spec.model_def.bind(params), context), spec.eval_param_shapes)
     sharding = replicated_sharding(spec.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 

@@ -121,7 +121,7 @@ def make_report(compiled: CompiledProgram, config: RunConfig) -> PlanReport:
         name=config.name, program=program.name, topology=str(topology), chips=topology.chips,
         mesh=describe_mesh(spec.mesh), examples={name: d.batch_size for name, d in data.items()},
         ramped=tuple(name for name, d in data.items() if d.batch_ramp),
-        parameters=spec.definition.num_params(), memory=program_memory(compiled, topology), costs=costs,
+        parameters=spec.model_def.num_params(), memory=program_memory(compiled, topology), costs=costs,
         hbm_traffic=tuple(scopes), traffic=tuple(_group_by_axes(collectives, spec.mesh, topology)),
         largest_collectives=tuple(largest_collectives(collectives, 8)),
         largest_buffers=tuple(largest_buffers(text, 8)),

@@ -131,7 +131,7 @@ class _CostModel:
         self._base, self._topology, self._spec = config, topology, spec
         self._batches = {name: abstract_batch(stream.data, spec) for name, stream in config.streams.items()}
         self._flops: dict[RematConfig, float] = {}
-        self._weights = spec.definition.num_params() * 4.0
+        self._weights = spec.model_def.num_params() * 4.0
         on_host = {"opt"} if config.optimizer.offload_moments else set()
         on_devices = [tree for name, tree in spec.shapes.items() if name not in on_host]
         self._state = sum(shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(on_devices))

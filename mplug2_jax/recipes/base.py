@@ -14,7 +14,7 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SIZES, RematConfig, model_config
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
 
 NUM_FRAMES = 16  # per video
@@ -186,7 +186,7 @@ def finetune_recipe(name: str, size: str, data: TaskData, family: TaskFamily) ->
     return RunConfig(
         name=name, steps=steps, model=model, tokenizer=TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
         streams={"set": StreamConfig(data=train_data, objectives=family.objectives)},
-        tasks=TaskSettings(search=search, label_smoothing=family.label_smoothing),
+        tasks=TasksConfig(search=search, label_smoothing=family.label_smoothing),
         optimizer=family.optimizer, schedule=ScheduleConfig(warmup_steps=max(1, steps // 20)),
         evaluations={
             key: EvaluationConfig(

@@ -11,7 +11,7 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import model_config
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import (
     CheckpointConfig,
     OptimizerConfig,
@@ -144,7 +144,7 @@ def digitworld_recipe(name: str) -> RunConfig:
         ),
         tokenizer=TokenizerConfig(vocab_size=512),
         streams={"digits": StreamConfig(data=train_data, objectives={run.objective: 1.0})},
-        tasks=TaskSettings(search=SearchConfig(num_beams=1, max_length=23)),
+        tasks=TasksConfig(search=SearchConfig(num_beams=1, max_length=23)),
         optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.98, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=1000, keep_last=1),

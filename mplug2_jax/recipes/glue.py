@@ -2,7 +2,7 @@
 
 from data_pipelines.config import InstructionConfig
 from mplug2_jax.recipes.base import TaskData, TaskFamily, file_source, finetune_recipe
-from mplug2_jax.tasks.contracts import SIMILARITY_LEVELS
+from mplug2_jax.tasks.specs import SIMILARITY_LEVELS
 from mplug2_jax.training.config import OptimizerConfig, RunConfig
 
 SINGLE = {"label": InstructionConfig(templates=("{text}",))}

@@ -22,7 +22,7 @@ from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SIZES, ModelConfig, model_config
 from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.recipes.base import NUM_FRAMES, TaskData
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
 
 EPOCHS = 10
@@ -93,7 +93,7 @@ def released_run(model: ModelConfig, task: str, name: str, data: TaskData = PLAC
         tokenizer=TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
         # A caption's loss is the mean over all tokens of the batch, an answer's the sum over its own tokens.
         streams={"video": StreamConfig(data=train_data, objectives={objective: 1.0})},
-        tasks=TaskSettings(
+        tasks=TasksConfig(
             # The release runs a teacher but loses alpha on the way to the decoder, so the teacher has no effect. With
             # alpha, its term would be normalized over time and its fusion module would never be updated.
             distillation=(

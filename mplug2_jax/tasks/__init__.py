@@ -1,1 +1,1 @@
-"""One file per task; ``contracts`` says what each needs and reads, ``table`` lists their implementations."""
+"""One file per task; ``specs`` says what each needs and reads, ``table`` lists their implementations."""

@@ -14,12 +14,12 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.objectives.language import answer_loss
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, Predictions, Task, TaskContext
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Compute the release's loss: token sums per answer over the number of questions; plus distillation if any."""
-    return answer_loss(forward, context.settings.distillation, context.settings.label_smoothing)
+    return answer_loss(forward, context.config.distillation, context.config.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
@@ -31,7 +31,7 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
             double_count_first_token=context.double_count_first_token,
         )  # fmt: skip
         return {"ids": best}
-    search, seeds = context.settings.search, batch.get("example_id")
+    search, seeds = context.config.search, batch.get("example_id")
     output = generate(model.decoder, memory, mask, search, context.tokens, seeds, context.answers)
     generated = jnp.arange(output.ids.shape[-1]) < output.lengths[:, :1]
     return {"ids": jnp.where(generated, output.ids[:, 0], context.tokens.pad)}
@@ -45,4 +45,4 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     return EvalOutput({"accuracy": MeanMetric(hits)}, {"accuracy": majority / len(examples)}, answers, hits)
 
 
-TASK = Task(**vars(CONTRACTS["answer"]), loss=loss, predict=predict, score=score)
+TASK = Task(**vars(TASK_SPECS["answer"]), loss=loss, predict=predict, score=score)

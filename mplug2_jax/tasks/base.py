@@ -14,8 +14,8 @@ from mplug2_jax.metrics.metric import Metric
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
-from mplug2_jax.tasks.config import PromptPooling, TaskSettings
-from mplug2_jax.tasks.contracts import Contract
+from mplug2_jax.tasks.config import PromptPooling, TasksConfig
+from mplug2_jax.tasks.specs import TaskSpec
 
 Predictions = dict[str, Any]  # arrays with a leading example axis
 HostPredictions = Mapping[str, NDArray[Any]]
@@ -34,9 +34,9 @@ class Prompts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """The settings, the tokenizer's special tokens, and what only some evaluations have."""
+    """The config, the tokenizer's special tokens, and what only some evaluations have."""
 
-    settings: TaskSettings
+    config: TasksConfig
     tokens: SpecialTokens
     answers: Int[np.ndarray, "a m"] | None = None  # the only valid answers, if there is a list
     num_ranked: int = 0  # answers, likeliest by their first token, that are ranked by likelihood; 0: search
@@ -77,7 +77,7 @@ def unscored_warning(examples: Sequence[Example], scorable: Sequence[bool], reas
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(Contract):
+class Task(TaskSpec):
     """One task.
 
     ``loss`` trains it. ``predict`` runs on the device under jit, ``score`` on the host over all examples, with the mesh

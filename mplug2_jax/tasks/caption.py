@@ -17,20 +17,20 @@ from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.objectives.language import caption_loss
 from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, Predictions, Task, TaskContext
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 _JAVA_TIMEOUT = 800.0  # seconds for each Java program; a run without progress for half an hour is ended
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Compute the cross entropy of the caption's tokens."""
-    return caption_loss(forward, context.settings.label_smoothing)
+    return caption_loss(forward, context.config.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """Return the ids of the best captions."""
     memory, mask = ForwardPass(model, batch).caption_memory
-    output = generate(model.decoder, memory, mask, context.settings.search, context.tokens, batch.get("example_id"))
+    output = generate(model.decoder, memory, mask, context.config.search, context.tokens, batch.get("example_id"))
     generated = jnp.arange(output.ids.shape[-1]) < output.lengths[:, :1]
     return {"ids": jnp.where(generated, output.ids[:, 0], context.tokens.pad)}
 
@@ -74,4 +74,4 @@ def _tokenize_references(examples: Sequence[Example]) -> tuple[list[list[str]], 
     return references, [captions[0] for captions in (*references[1:], references[0])]
 
 
-TASK = Task(**vars(CONTRACTS["caption"]), loss=loss, predict=predict, score=score, external_metrics=external_metrics)
+TASK = Task(**vars(TASK_SPECS["caption"]), loss=loss, predict=predict, score=score, external_metrics=external_metrics)

@@ -12,12 +12,12 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.classification import class_loss
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, Predictions, Task, TaskContext
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Compute the cross entropy of the class."""
-    return class_loss(forward, context.settings.label_smoothing)
+    return class_loss(forward, context.config.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
@@ -59,4 +59,4 @@ def class_names(classes: Int[np.ndarray, " n"], examples: Sequence[Example]) -> 
     return [names.get(number, f"class {number}") for number in classes.tolist()]
 
 
-TASK = Task(**vars(CONTRACTS["classify"]), averages_views=True, loss=loss, predict=predict, score=score)
+TASK = Task(**vars(TASK_SPECS["classify"]), averages_views=True, loss=loss, predict=predict, score=score)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from mplug2_jax.errors import check_range
-from mplug2_jax.fields import Free
+from mplug2_jax.fields import Runtime
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.objectives.config import DistillationConfig, MlmConfig, ScstConfig, VlcConfig, VlmConfig
 
@@ -12,7 +12,7 @@ PromptPooling = Literal["features", "probabilities"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskSettings:
+class TasksConfig:
     """Settings of the objectives and predictions of a run."""
 
     mlm: MlmConfig = MlmConfig()
@@ -21,8 +21,8 @@ class TaskSettings:
     scst: ScstConfig = ScstConfig()
     distillation: DistillationConfig | None = None  # None: no teacher
     label_smoothing: float = 0.0  # of all cross entropies over tokens and classes: all losses but vlc and scst
-    search: Free[SearchConfig] = SearchConfig()
-    rerank_k: Free[int] = 16  # nearest candidates by contrast that the matching head reranks
+    search: Runtime[SearchConfig] = SearchConfig()
+    rerank_k: Runtime[int] = 16  # nearest candidates by contrast that the matching head reranks
 
     def __post_init__(self) -> None:
         """Check the ranges. Raises UserError."""

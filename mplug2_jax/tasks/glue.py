@@ -12,7 +12,7 @@ from mplug2_jax.metrics.classification import confusion_summary
 from mplug2_jax.metrics.glue import MAX_SIMILARITY, NUM_CLASSES, glue_metrics
 from mplug2_jax.tasks import classify
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, Task
-from mplug2_jax.tasks.contracts import CONTRACTS, GLUE, SIMILARITY_LEVELS
+from mplug2_jax.tasks.specs import GLUE, SIMILARITY_LEVELS, TASK_SPECS
 
 
 def score(name: str, predictions: HostPredictions, examples: Sequence[Example], decode: Decode) -> EvalOutput:
@@ -44,7 +44,7 @@ def score(name: str, predictions: HostPredictions, examples: Sequence[Example], 
 def _task(name: str) -> Task:
     return dataclasses.replace(
         classify.TASK,
-        **vars(CONTRACTS[name]),
+        **vars(TASK_SPECS[name]),
         num_classes=NUM_CLASSES.get(name, len(SIMILARITY_LEVELS)),
         score=functools.partial(score, name),
     )

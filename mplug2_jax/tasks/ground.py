@@ -9,7 +9,7 @@ from data_pipelines.examples import Example, parse_box
 from mplug2_jax.metrics.grounding import box_accuracy, box_iou, mean_iou
 from mplug2_jax.tasks import answer
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 NO_BOX = (np.nan,) * 4
 
@@ -25,4 +25,4 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     return EvalOutput(metrics, baselines, texts, example_scores=iou)
 
 
-TASK = dataclasses.replace(answer.TASK, **vars(CONTRACTS["ground"]), score=score)
+TASK = dataclasses.replace(answer.TASK, **vars(TASK_SPECS["ground"]), score=score)

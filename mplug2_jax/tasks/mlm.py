@@ -12,17 +12,17 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.objectives.mlm import mlm_loss, predict_masked
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, Predictions, Task, TaskContext
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Compute the cross entropy of the masked tokens."""
-    return mlm_loss(forward, context.tokens, context.settings.mlm, context.settings.label_smoothing)
+    return mlm_loss(forward, context.tokens, context.config.mlm, context.config.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """Return the text with the best guess for each masked token, and which tokens were masked."""
-    log_probs, masked = predict_masked(ForwardPass(model, batch), context.tokens, context.settings.mlm)
+    log_probs, masked = predict_masked(ForwardPass(model, batch), context.tokens, context.config.mlm)
     return {"ids": jnp.where(masked > 0, jnp.argmax(log_probs, -1), batch["text"]), "masked": masked > 0}
 
 
@@ -47,4 +47,4 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     )
 
 
-TASK = Task(**vars(CONTRACTS["mlm"]), loss=loss, predict=predict, score=score)
+TASK = Task(**vars(TASK_SPECS["mlm"]), loss=loss, predict=predict, score=score)

@@ -13,7 +13,7 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch
 from mplug2_jax.tasks import vlc, vlm
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, ScorePairs, TaskContext
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 
 def score_pairs(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Float[Array, "b r"]:
@@ -39,7 +39,7 @@ def rerank(
     2 k pairs per example. A query without a correct candidate among them keeps its rank.
     """
     index = vlc.build_index(examples)
-    results = vlc.search_both_directions(predictions, index, context.settings.rerank_k)
+    results = vlc.search_both_directions(predictions, index, context.config.rerank_k)
     num_visuals = len(index.visual_ids)
     pair_ids = {name: _pair_ids(name, result.nearest, num_visuals) for name, result in results.items()}
     unique_ids = np.unique(np.concatenate([ids.ravel() for ids in pair_ids.values()]))
@@ -85,5 +85,5 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
 
 
 TASK = dataclasses.replace(
-    vlm.TASK, **vars(CONTRACTS["rerank"]), predict=vlc.predict, score_pairs=score_pairs, rerank=rerank, score=score
+    vlm.TASK, **vars(TASK_SPECS["rerank"]), predict=vlc.predict, score_pairs=score_pairs, rerank=rerank, score=score
 )

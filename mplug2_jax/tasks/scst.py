@@ -10,7 +10,7 @@ from mplug2_jax.objectives.forward import ForwardPass, LossOutput
 from mplug2_jax.objectives.scst import scst_loss
 from mplug2_jax.tasks import caption
 from mplug2_jax.tasks.base import TaskContext
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
@@ -18,7 +18,7 @@ def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     batch = forward.batch
     deterministic = ForwardPass(forward.model, batch, frequencies=forward.frequencies)
     search = SearchConfig(
-        num_beams=context.settings.scst.num_samples, min_length=0, max_length=batch["references"].shape[-1] - 1,
+        num_beams=context.config.scst.num_samples, min_length=0, max_length=batch["references"].shape[-1] - 1,
         top_p=1.0,
     )  # fmt: skip
     decoder, memory = jax.lax.stop_gradient((forward.model.decoder, deterministic.caption_memory))
@@ -26,4 +26,4 @@ def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     return scst_loss(deterministic, output.ids, output.lengths, context.tokens)
 
 
-TASK = dataclasses.replace(caption.TASK, **vars(CONTRACTS["scst"]), loss=loss)
+TASK = dataclasses.replace(caption.TASK, **vars(TASK_SPECS["scst"]), loss=loss)

@@ -7,7 +7,7 @@ from data_pipelines.examples import Example
 from mplug2_jax.metrics.rouge import has_word, rouge_scores
 from mplug2_jax.tasks import answer
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, unscored_warning
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 LEAD_WORDS = 8  # of the baseline, the length of Gigaword's headlines
 
@@ -27,4 +27,4 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     )
 
 
-TASK = dataclasses.replace(answer.TASK, **vars(CONTRACTS["summarize"]), score=score)
+TASK = dataclasses.replace(answer.TASK, **vars(TASK_SPECS["summarize"]), score=score)

@@ -22,7 +22,7 @@ from mplug2_jax.tasks.base import (
     Task,
     TaskContext,
 )
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 RECALL_CUTOFFS = (1, 5, 10)
 NUM_NEIGHBORS = 5  # kept of each example
@@ -30,7 +30,7 @@ NUM_NEIGHBORS = 5  # kept of each example
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Compute the symmetric contrastive loss over the global batch."""
-    return vlc_loss(forward, context.settings.vlc)
+    return vlc_loss(forward, context.config.vlc)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
@@ -109,4 +109,4 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     )
 
 
-TASK = Task(**vars(CONTRACTS["vlc"]), loss=loss, predict=predict, score=score)
+TASK = Task(**vars(TASK_SPECS["vlc"]), loss=loss, predict=predict, score=score)

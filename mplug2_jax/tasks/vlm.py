@@ -3,12 +3,12 @@
 from mplug2_jax.objectives.forward import ForwardPass, LossOutput
 from mplug2_jax.objectives.vlm import vlm_loss
 from mplug2_jax.tasks.base import Task, TaskContext
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Compute the binary cross entropy of true pairs and hard negatives."""
-    return vlm_loss(forward, context.settings.vlm, context.settings.label_smoothing)
+    return vlm_loss(forward, context.config.vlm, context.config.label_smoothing)
 
 
-TASK = Task(**vars(CONTRACTS["vlm"]), loss=loss)
+TASK = Task(**vars(TASK_SPECS["vlm"]), loss=loss)

@@ -8,7 +8,7 @@ from data_pipelines.examples import Example
 from mplug2_jax.metrics.vqa import vqa_accuracy
 from mplug2_jax.tasks import answer
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Decode) -> EvalOutput:
@@ -25,4 +25,4 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     )
 
 
-TASK = dataclasses.replace(answer.TASK, **vars(CONTRACTS["vqa"]), score=score)
+TASK = dataclasses.replace(answer.TASK, **vars(TASK_SPECS["vqa"]), score=score)

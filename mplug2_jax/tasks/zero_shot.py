@@ -16,7 +16,7 @@ from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass
 from mplug2_jax.parallel.sharding import constrain
 from mplug2_jax.tasks import classify
 from mplug2_jax.tasks.base import Predictions, Task, TaskContext
-from mplug2_jax.tasks.contracts import CONTRACTS
+from mplug2_jax.tasks.specs import TASK_SPECS
 
 
 def precompute(model: Mplug2, context: TaskContext) -> Predictions:
@@ -47,5 +47,5 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
 
 
 TASK = Task(
-    **vars(CONTRACTS["zero_shot"]), averages_views=True, precompute=precompute, predict=predict, score=classify.score
+    **vars(TASK_SPECS["zero_shot"]), averages_views=True, precompute=precompute, predict=predict, score=classify.score
 )

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 from data_pipelines.config import DataConfig, SourceConfig
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
-from mplug2_jax.fields import Free, Neutral, Steps
+from mplug2_jax.fields import Execution, Runtime, Steps
 from mplug2_jax.model.config import PARTS, ModelConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.renames import accept_old_names
-from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.tasks.contracts import CONTRACTS, required_parts
+from mplug2_jax.tasks.config import TasksConfig
+from mplug2_jax.tasks.specs import TASK_SPECS, required_parts
 
 FsdpGather = Literal["layer", "step"]
 OptimizerKind = Literal["adamw", "muon"]
@@ -26,7 +26,7 @@ Dtype = Literal["float32", "bfloat16"]
 class TokenizerConfig:
     """A tokenizer file, or a tokenizer that the run trains on texts and stores in its work directory."""
 
-    path: Free[str] = ""  # a vocab.txt or a SentencePiece model; empty: train one
+    path: Runtime[str] = ""  # a vocab.txt or a SentencePiece model; empty: train one
     kind: Literal["wordpiece", "sentencepiece"] = "wordpiece"  # of a trained tokenizer
     vocab_size: int = 512  # at most, of a trained tokenizer
     source: SourceConfig | None = None  # of the texts to train on, of kind "text"; None: DigitWorld's
@@ -67,7 +67,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # global norm of the gradient above which it is scaled down; 0 = no clipping
     mu_dtype: Dtype = "float32"  # of the first moment as stored
     nu_dtype: Dtype = "float32"  # of the second moment as stored
-    offload_moments: Neutral[bool] = False  # keep the moments in host memory between updates
+    offload_moments: Execution[bool] = False  # keep the moments in host memory between updates
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -244,30 +244,30 @@ class RunConfig:
     lora: LoraConfig = LoraConfig()  # parts that train low-rank adapters in place of their kernels (lora.py)
     streams: Mapping[str, StreamConfig]
     tokenizer: TokenizerConfig = TokenizerConfig()
-    tasks: TaskSettings = TaskSettings()
-    mesh: Neutral[MeshConfig] = MeshConfig()
+    tasks: TasksConfig = TasksConfig()
+    mesh: Execution[MeshConfig] = MeshConfig()
     param_dtype: Dtype = "float32"  # of stored parameters and their gradients; a teacher stays float32
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    fsdp_gather: Neutral[FsdpGather] = "layer"  # all-gather fsdp's shards in each layer, or once per step
+    fsdp_gather: Execution[FsdpGather] = "layer"  # all-gather fsdp's shards in each layer, or once per step
     ema_decay: float = 0.0  # of the EMA of parameters, which is evaluated and exported in their place; 0 = none
-    grad_accum_steps: Neutral[int] = 1  # micro-batches per step, into which each stream's batch is split
-    evaluations: Free[Mapping[str, EvaluationConfig]] = dataclasses.field(default_factory=dict)  # by name
-    eval_every: Free[Steps] = 0  # steps between evaluations; 0 = only after the last step
-    checkpoint: Free[CheckpointConfig] = CheckpointConfig()
-    faults: Free[FaultConfig] = FaultConfig()
-    log_every: Free[Steps] = 10  # steps between lines of metrics
-    log_example_ids: Free[bool] = False  # write every step's example ids to examples.jsonl, to compare runs
-    prefetch_memory: Free[float] = 8.0  # GiB of examples a host keeps ready, for all streams; limits their prefetch
-    storage_timeout: Free[float] = 600.0  # seconds for which requests are repeated; then the run exits with status 69
-    watchdog_timeout: Free[int] = 1800  # seconds after which a stalled phase (a save, ...) ends the run; 0 = never
-    watchdog_step_medians: Free[float] = 20.0  # a step of so many medians and 60 s ends the run; 0 = watchdog_timeout
-    heartbeat_timeout: Free[int] = 100  # seconds after which a silent process is taken for dead, and the others end
-    profile: Free[ProfileConfig] = ProfileConfig()
-    metrics_port: Free[int] = 0  # on which process 0 serves GET /metrics to Prometheus; 0 = none
-    metrics_address: Free[str] = "127.0.0.1"  # the IP address to serve it on; "0.0.0.0" admits other machines
-    wandb_project: Free[str] = ""  # Weights & Biases project that receives the metrics; empty: none
-    compilation_cache: Free[str] = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax, or the bucket of the run
+    grad_accum_steps: Execution[int] = 1  # micro-batches per step, into which each stream's batch is split
+    evaluations: Runtime[Mapping[str, EvaluationConfig]] = dataclasses.field(default_factory=dict)  # by name
+    eval_every: Runtime[Steps] = 0  # steps between evaluations; 0 = only after the last step
+    checkpoint: Runtime[CheckpointConfig] = CheckpointConfig()
+    faults: Runtime[FaultConfig] = FaultConfig()
+    log_every: Runtime[Steps] = 10  # steps between lines of metrics
+    log_example_ids: Runtime[bool] = False  # write every step's example ids to examples.jsonl, to compare runs
+    prefetch_memory: Runtime[float] = 8.0  # GiB of examples a host keeps ready, for all streams; limits their prefetch
+    storage_timeout: Runtime[float] = 600.0  # seconds for which requests are retried; then the run exits with status 69
+    watchdog_timeout: Runtime[int] = 1800  # seconds after which a stalled phase (a save, ...) ends the run; 0 = never
+    watchdog_step_medians: Runtime[float] = 20.0  # a step of this many medians and 60 s ends the run; 0: the timeout
+    heartbeat_timeout: Runtime[int] = 100  # seconds after which a silent process is taken for dead, and the others end
+    profile: Runtime[ProfileConfig] = ProfileConfig()
+    metrics_port: Runtime[int] = 0  # on which process 0 serves GET /metrics to Prometheus; 0 = none
+    metrics_address: Runtime[str] = "127.0.0.1"  # the IP address to serve it on; "0.0.0.0" admits other machines
+    wandb_project: Runtime[str] = ""  # Weights & Biases project that receives the metrics; empty: none
+    compilation_cache: Runtime[str] = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax, or the run's bucket
 
     def __post_init__(self) -> None:
         """Check what spans several groups of fields.
@@ -292,7 +292,7 @@ class RunConfig:
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")
-        trained = [name for name, task in CONTRACTS.items() if task.trainable]
+        trained = [name for name, task in TASK_SPECS.items() if task.trainable]
         for name, stream in self.streams.items():
             where = f"config.streams.{name}"
             self._check_data(f"{where}.data", stream.data)
@@ -331,7 +331,7 @@ class RunConfig:
             self._check_data(f"config.evaluations.{name}.data", evaluation.data)
             check_range(f"config.evaluations.{name}.num_samples", evaluation.num_samples, 0)
             check_range(f"config.evaluations.{name}.per_device_batch_size", evaluation.per_device_batch_size, 1)
-            evaluable = [name for name, task in CONTRACTS.items() if task.evaluable]
+            evaluable = [name for name, task in TASK_SPECS.items() if task.evaluable]
             if evaluation.task not in evaluable:
                 raise UserError(
                     f"config.evaluations.{name}.task={evaluation.task!r}: {did_you_mean(evaluation.task, evaluable)}"
@@ -381,7 +381,7 @@ class RunConfig:
     def parts(self) -> tuple[str, ...]:
         """Return the parts of the model that the streams' objectives need."""
         uses = [
-            (CONTRACTS[objective], stream.data) for stream in self.streams.values() for objective in stream.objectives
+            (TASK_SPECS[objective], stream.data) for stream in self.streams.values() for objective in stream.objectives
         ]
         needed = set(required_parts([(task, data.kind != "text", data.kind == "video") for task, data in uses]))
         # Tasks with an optional instruction read one if the data has it.

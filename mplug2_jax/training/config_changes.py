@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.fields import Kind, iter_fields
+from mplug2_jax.fields import FieldKind, iter_fields
 from mplug2_jax.training.config import RunConfig
 
 _EVENTS = ("config_changed", "steps_extended")  # the latter is of older versions
@@ -22,7 +22,7 @@ class ConfigChange:
     """A field whose value differs; ``values`` are ``old`` and ``new``, the former only if the field existed then."""
 
     field: str  # dotted, relative to the config
-    kind: Kind
+    kind: FieldKind
     forced: bool
     values: Mapping[str, Any]
 
@@ -42,13 +42,13 @@ def find_changes(old: RunConfig, new: RunConfig, force: Sequence[str] = ()) -> l
     before, after = flatten_config(old), flatten_config(new)
     kinds = {field.path: field.kind for config in (old, new) for field in iter_fields(config)}
     if any(map(depends_on_micro_batches, (old, new))):
-        kinds["grad_accum_steps"] = "deciding"
+        kinds["grad_accum_steps"] = "training"
     changes = []
     for name in sorted({*before, *after}):
         values = {when: fields[name] for when, fields in (("old", before), ("new", after)) if name in fields}
         if len(values) < 2 or values["old"] != values["new"]:
-            kind = kinds.get(name, "deciding")
-            forced = kind == "deciding" and any(_covers(each, name) for each in force)
+            kind = kinds.get(name, "training")
+            forced = kind == "training" and any(_covers(each, name) for each in force)
             changes.append(ConfigChange(name, kind, forced, values))
     return changes
 
@@ -92,7 +92,7 @@ def check_changes(
             raise UserError(
                 f"--force-change {name} changes nothing: set it to another value than the run's, or remove the option"
             )
-    refused = [each for each in changes if each.kind == "deciding" and not each.forced and not _prolongs(each)]
+    refused = [each for each in changes if each.kind == "training" and not each.forced and not _prolongs(each)]
     if refused:
         more = f", and {len(refused) - _MAX_LISTED} more" if len(refused) > _MAX_LISTED else ""
         options = " ".join(f"--force-change config.{change.field}" for change in refused[:_MAX_LISTED])
@@ -117,7 +117,7 @@ def changed_since(events: Sequence[Mapping[str, Any]], step: int) -> set[str]:
 def config_at(step: int, config: RunConfig, events: Sequence[Mapping[str, Any]]) -> RunConfig:
     """Return the config by which a run did a step, as it can be used now.
 
-    Every change after the step is undone, except for those of free fields and of the mesh: files may have moved, and
+    Every change after the step is undone, except for those of runtime fields and of the mesh: files may have moved, and
     the devices are those of this machine.
 
     Args:
@@ -130,10 +130,10 @@ def config_at(step: int, config: RunConfig, events: Sequence[Mapping[str, Any]])
         if line["event"] in (*_EVENTS, "resumed") and line["step"] < step:
             break  # from there on the run did this step, for the last time
         if line["event"] == "steps_extended":
-            line = {"field": "steps", "kind": "deciding", "old": line["old_steps"]}
+            line = {"field": "steps", "kind": "training", "old": line["old_steps"]}
         elif line["event"] != "config_changed":
             continue
-        if line["kind"] == "free" or line["field"].startswith("mesh."):
+        if line["kind"] == "runtime" or line["field"].startswith("mesh."):
             continue
         fields.pop(line["field"], None)
         fields |= {line["field"]: line["old"]} if "old" in line else {}

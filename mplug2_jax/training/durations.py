@@ -136,12 +136,12 @@ class _Streams:
     streams: Mapping[str, StreamConfig]
 
 
-def load_run(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the run of a recipe, with overrides. Raises UserError, as ``load_recipe`` and :func:`build_run`."""
-    return build_run(load_recipe(spec, overrides))
+def load_run_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run of a recipe, with overrides. Raises UserError, as ``load_recipe`` and :func:`build_run_config`."""
+    return build_run_config(load_recipe(spec, overrides))
 
 
-def build_run(recipe: ConfigDict) -> RunConfig:
+def build_run_config(recipe: ConfigDict) -> RunConfig:
     """Build a run from a recipe, convert its durations to steps, and log each.
 
     Raises:

@@ -117,7 +117,7 @@ def _load_parts(spec: RunSpec, checkpoints: Checkpoints, step: int) -> TrainStat
     # What was trained on images alone has no temporal units; fresh ones do not change a clip's frames.
     stored_parts = {part_name(path[1:]) for path in stored if path[0] == "params"}
     lacks_temporal = "vision" in loaded and "temporal" not in stored_parts
-    fresh += ["temporal"] if lacks_temporal and "temporal" in spec.definition.parts else []
+    fresh += ["temporal"] if lacks_temporal and "temporal" in spec.model_def.parts else []
     trees = {path[0] for path in stored}
     weights = "ema" if "ema" in trees else "params"
     details = ", EMA weights" if weights == "ema" else ""

@@ -45,14 +45,16 @@ from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.reliability.sdc_check import SdcCheck
 from mplug2_jax.training.reliability.watchdog import Watchdog
 from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
-from mplug2_jax.training.step import StreamBatches, batch_sizes, make_step
+from mplug2_jax.training.step import StreamBatches, batch_sizes, make_train_step
 from mplug2_jax.training.telemetry.events import EventLog, read_events
 from mplug2_jax.training.telemetry.example_log import ExampleIdLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir, check_tokenizer_unchanged, special_tokens
 
-_SELECTING = tuple(name for name, kind in field_kinds(SourceConfig).items() if kind == "deciding" and name != "weight")
+_RECORD_SELECTION_FIELDS = tuple(
+    name for name, kind in field_kinds(SourceConfig).items() if kind == "training" and name != "weight"
+)
 """Fields of a source that decide which records it has."""
 
 BAD_RECORD_SYNC_INTERVAL = 50
@@ -153,7 +155,7 @@ def _train(
 
     # State: initial, or the last good checkpoint's.
     events = EventLog(workdir.events if is_primary_process() else None)
-    model = ModelMetadata(config.model, spec.definition.parts, lora_scale=config.lora.scale)
+    model = ModelMetadata(config.model, spec.model_def.parts, lora_scale=config.lora.scale)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=model, events=events)
     if resumes and checkpoints.steps():
         state, position = checkpoints.restore_last_good(spec.shapes)
@@ -165,22 +167,22 @@ def _train(
         logging.info("resuming from step %d", position.step)
     else:
         state, position = initial_state or init_or_load_state(spec, streams), data_position(0, streams)
-    number = position.step
+    step = position.step
     if resumes:  # now that everything fits the checkpoint
         for change in changes:
-            logging.info("from step %d on: config.%s (%s)", number + 1, change, change.kind)
+            logging.info("from step %d on: config.%s (%s)", step + 1, change, change.kind)
         if is_primary_process():
-            workdir.change_config(config, tokenizer, changes, number, events)
-        events.log_event("resumed", number)
-    notice.allow_exit(preemption_message(number, config))
+            workdir.change_config(config, tokenizer, changes, step, events)
+        events.log_event("resumed", step)
+    notice.allow_exit(preemption_message(step, config))
 
     # Data: a step's batch is a function of (seed, position), so a resumed run just starts there. While a step runs, the
     # batches of the next one are prepared and put on the devices.
-    batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
-    records = BadRecordLog(workdir.data_errors_path(jax.process_index()))
-    example_ids = ExampleIdLog(workdir.examples, number, mesh, enabled=config.log_example_ids)
-    step = make_step(spec)
-    checked_step = SdcCheck(spec, step, config.faults.sdc_check_every)
+    prefetcher = Prefetcher(device_batches(streams, mesh, position.batch_index(step + 1)))
+    bad_records = BadRecordLog(workdir.data_errors_path(jax.process_index()))
+    example_ids = ExampleIdLog(workdir.examples, step, mesh, enabled=config.log_example_ids)
+    train_step = make_train_step(spec)
+    checked_step = SdcCheck(spec, train_step, config.faults.sdc_check_every)
     monitor = TrainMonitor(spec, workdir, position, events, goodput)
 
     def enter_phase(phase: str) -> None:
@@ -190,25 +192,25 @@ def _train(
         notice.check()
 
     def evaluate() -> list[EvaluationResult]:
-        notice.allow_exit(preemption_message(number, config) if checkpoints.is_saved(number) else None)
+        notice.allow_exit(preemption_message(step, config) if checkpoints.is_saved(step) else None)
         with goodput.track("evaluation"):
             params = eval_params(spec, state)
             finished: list[EvaluationResult] = []
             for evaluation in evaluations.values():
-                finished.append(result := evaluation.run(params, number, enter_phase))
+                finished.append(result := evaluation.run(params, step, enter_phase))
                 if is_primary_process():
-                    save_result(result, workdir.evaluation_folder(number))
-                monitor.metrics.write(number, result.tagged_metrics())
+                    save_result(result, workdir.evaluation_folder(step))
+                monitor.metrics.write(step, result.tagged_metrics())
                 result.log()
             return finished
 
     def save() -> None:
-        watchdog.enter(f"saving step {number}")
-        saved = dataclasses.replace(position, step=number, recent=monitor.faults.recent)
+        watchdog.enter(f"saving step {step}")
+        saved = dataclasses.replace(position, step=step, recent=monitor.faults.recent)
         with goodput.track("checkpoint"):
             seconds = checkpoints.save(state, saved, monitor.metrics.scores)
-            monitor.metrics.write(number, {"checkpoint/blocking_seconds": seconds})
-            if number == config.steps:
+            monitor.metrics.write(step, {"checkpoint/blocking_seconds": seconds})
+            if step == config.steps:
                 checkpoints.save_last(state, saved, monitor.metrics.scores)
 
     # The loop. A step's metrics are read while the next one runs; before a save or an evaluation they are read at once,
@@ -216,76 +218,76 @@ def _train(
     results: list[EvaluationResult] = []
     with _restart_after_storage_errors(workdir.path):
         try:
-            if number >= config.steps:
+            if step >= config.steps:
                 logging.info("all %d steps are already done", config.steps)
                 results = evaluate()
-            while number < config.steps:
-                enter_phase(f"waiting for the batches of step {number + 1}")
+            while step < config.steps:
+                enter_phase(f"waiting for the batches of step {step + 1}")
                 with goodput.track("data_wait"):
-                    batch, rows = next(batches)
-                number += 1
-                compiles = not step.is_compiled(batch)  # the first step, and that of a new batch size
+                    batches, rows = next(prefetcher)
+                step += 1
+                compiles = not train_step.is_compiled(batches)  # the first step, and that of a new batch size
                 if compiles:  # with the wait for other processes, which may compile for longer
-                    watchdog.enter(f"compiling, and step {number}", "compile")
-                elif checked_step.is_due(number) or monitor.profiler.is_due(number):  # these take longer
-                    watchdog.enter(f"step {number}, checked or profiled")
+                    watchdog.enter(f"compiling, and step {step}", "compile")
+                elif checked_step.is_due(step) or monitor.profiler.is_due(step):  # these take longer
+                    watchdog.enter(f"step {step}, checked or profiled")
                 else:
-                    watchdog.enter(f"step {number}", "step")
+                    watchdog.enter(f"step {step}", "step")
                 for name, row in rows:
-                    records.record(row.ref.source, row.bad_records, config.streams[name].data.max_bad_fraction)
+                    bad_records.record(row.ref.source, row.bad_records, config.streams[name].data.max_bad_fraction)
                 with monitor.hosts.waiting():  # these are collectives
-                    if jax.process_count() == 1 or number % BAD_RECORD_SYNC_INTERVAL == 0:
-                        records.check(allgather_objects(records.counts()))
-                    example_ids.write(number, batch)
+                    if jax.process_count() == 1 or step % BAD_RECORD_SYNC_INTERVAL == 0:
+                        bad_records.check(allgather_objects(bad_records.counts()))
+                    example_ids.write(step, batches)
                 if compiles:
-                    monitor.compile(step, number, state, batch)
+                    monitor.compile(train_step, step, state, batches)
                     watchdog.enter("the first step", "compile")  # of this program: other processes may still compile
-                goodput.start_step(number)
-                monitor.profiler.before_step(number)
+                goodput.start_step(step)
+                monitor.profiler.before_step(step)
                 with monitor.hosts.dispatching():
-                    state, metrics = checked_step(number, state, batch)
-                monitor.profiler.after_step(number, metrics)
-                monitor.on_step_dispatched(number, metrics, batch_sizes(batch), rows, records.drain_skipped())
+                    state, metrics = checked_step(step, state, batches)
+                monitor.profiler.after_step(step, metrics)
+                monitor.on_step_dispatched(step, metrics, batch_sizes(batches), rows, bad_records.drain_skipped())
                 if compiles:  # wait for other processes; after the first step there is something to save
                     with monitor.hosts.waiting():
                         jax.block_until_ready(metrics)
                     if startup := watchdog.end_startup():
-                        monitor.log_startup(number, startup)
+                        monitor.log_startup(step, startup)
                 notice.allow_exit(None)
 
-                last = number == config.steps
+                last = step == config.steps
                 with monitor.hosts.waiting():  # the processes agree on it
-                    save_due = last or checkpoints.should_save(number)
-                eval_due = evaluations and (last or (config.eval_every and number % config.eval_every == 0))
+                    save_due = last or checkpoints.should_save(step)
+                eval_due = evaluations and (last or (config.eval_every and step % config.eval_every == 0))
                 spike = monitor.drain(max_pending=0 if save_due or eval_due else 1)
                 if spike is not None and checkpoints.steps():
                     watchdog.enter("rolling back to the last good checkpoint")
                     with goodput.track("restart"):
                         state, restored = checkpoints.restore_last_good(spec.shapes)
                         position = monitor.faults.roll_back(spike, restored, position)
-                        number = position.step
-                        monitor.rewind(number)
-                        example_ids.rewind(number)
-                        batches.close()
-                        batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
+                        step = position.step
+                        monitor.rewind(step)
+                        example_ids.rewind(step)
+                        prefetcher.close()
+                        prefetcher = Prefetcher(device_batches(streams, mesh, position.batch_index(step + 1)))
                     continue
                 if save_due:
                     save()
                 if eval_due:
                     results = evaluate()
         except Preempted as preempted:
-            if number > position.step and monitor.drain(max_pending=0) is None:
+            if step > position.step and monitor.drain(max_pending=0) is None:
                 save()
             last_saved = max(checkpoints.steps(), default=0)
             raise Preempted(f"{notice.signal_name}: {preemption_message(last_saved, config)}") from preempted
         finally:
             watchdog.enter("ending the run")
             with contextlib.ExitStack() as stack:  # all are closed, from the last line up, whatever one of them raises
-                for each in (monitor, example_ids, records):
+                for each in (monitor, example_ids, bad_records):
                     stack.callback(each.close)
                 stack.enter_context(goodput.track("checkpoint"))
                 stack.callback(checkpoints.close)
-                stack.callback(batches.close)
+                stack.callback(prefetcher.close)
     return results
 
 
@@ -311,14 +313,14 @@ def describe(spec: RunSpec) -> list[str]:
     """Return a summary of the run, line by line: model, mesh, and why some parameters are not sharded."""
     config = spec.config
     frozen = _num_params(partition(spec.shapes["params"], config.frozen)[1])
-    adapters = _num_params(spec.shapes["params"]) - spec.definition.num_params()
+    adapters = _num_params(spec.shapes["params"]) - spec.model_def.num_params()
     lines = [
-        f"{config.name}: {spec.definition.num_params():,} parameters in {', '.join(spec.definition.parts)}"
+        f"{config.name}: {spec.model_def.num_params():,} parameters in {', '.join(spec.model_def.parts)}"
         + (f"; {frozen:,} frozen ({', '.join(config.frozen)})" if frozen else "")
         + (f"; LoRA adds {adapters:,} ({', '.join(config.lora.parts)})" if adapters else ""),
         f"mesh {describe_mesh(spec.mesh)} on {spec.mesh.devices.flat[0].device_kind}",
     ]
-    return lines + [f"  {name}: {reason}" for name, reason in spec.placement.skipped_rules.items()]
+    return lines + [f"  {name}: {reason}" for name, reason in spec.param_shardings.skipped_rules.items()]
 
 
 def _num_params(tree: Params) -> int:
@@ -353,7 +355,7 @@ def open_evaluations(spec: RunSpec, tokenizer: Tokenizer, names: Iterable[str]) 
     config = spec.config
     return {
         name: Evaluation(
-            name, config.evaluations[name], spec.definition, spec.context, tokenizer, spec.mesh, seed=config.seed,
+            name, config.evaluations[name], spec.model_def, spec.context, tokenizer, spec.mesh, seed=config.seed,
             recipe=config.name,
         )
         for name in names
@@ -417,7 +419,7 @@ def _changes(
     for source, count in current["records"].items():
         where = f"stream '{stream}'" if len(current["records"]) == 1 else f"source '{source}' of stream '{stream}'"
         before, after = fingerprints.get(source), current["sources"][source]
-        if any(f"{data}.sources.{source}.{field}" in changed for field in _SELECTING):
+        if any(f"{data}.sources.{source}.{field}" in changed for field in _RECORD_SELECTION_FIELDS):
             continue
         if records.get(source) != count:
             yield f"{where} had {records.get(source, 0):,} records, now {count:,}"

@@ -46,18 +46,18 @@ float32.
 """
 
 
-class RunValues(NamedTuple):
-    """Values of the config that are inputs of the compiled step, so that runs that differ in them share a program."""
+class Hyperparams(NamedTuple):
+    """Config values that are inputs of the compiled step, so that runs that differ only in them share a program."""
 
     seed: UInt32[Array | np.ndarray, ""]
     learning_rates: Mapping[str, Float[Array | np.ndarray, ""]]  # peaks, by parameter group
 
 
-def run_values(config: RunConfig) -> RunValues:
-    """Return the values of a run."""
+def make_hyperparams(config: RunConfig) -> Hyperparams:
+    """Return the hyperparameters of a run."""
     rate, vision_rate = config.optimizer.learning_rate, config.optimizer.vision_learning_rate
     rates = {"rest": rate, "vision": rate if vision_rate is None else vision_rate}
-    return RunValues(
+    return Hyperparams(
         np.asarray(config.seed % 2**32, np.uint32),
         {group: np.asarray(peak, np.float32) for group, peak in rates.items()},
     )
@@ -70,40 +70,40 @@ class RunSpec:
     config: RunConfig
     context: TaskContext
     mesh: Mesh
-    definition: ModelDef
-    values: RunValues
+    model_def: ModelDef
+    hyperparams: Hyperparams
     lr_scales: Params | None  # factors of the learning rate of each trained parameter
     logical_axes: Params  # of the state's parameters, LoRA's adapters included
-    placement: ParamShardings
+    param_shardings: ParamShardings
     shapes: TrainState  # of jax.ShapeDtypeStruct with shardings
     shardings: TrainState
 
     @property
-    def value_shapes(self) -> RunValues:
-        """Return the shapes and shardings of ``values`` on the devices, for lowering the program that training runs."""
+    def hyperparam_shapes(self) -> Hyperparams:
+        """Return the shapes and shardings of ``hyperparams`` on the devices, to lower the program of training."""
         replicated = replicated_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), self.values)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), self.hyperparams)
 
     @property
     def schedules(self) -> Mapping[str, optax.Schedule]:
         """Return the learning rates, by parameter group."""
-        return _make_schedules(self.config, self.values)
+        return _make_schedules(self.config, self.hyperparams)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
         """Return the optimizer of the trained parameters."""
-        return _make_optimizer(self.config, self.values, self.lr_scales)
+        return _make_optimizer(self.config, self.hyperparams, self.lr_scales)
 
     def init(self) -> TrainState:
         """Initialize the state, every shard on its device; no array is ever whole on one host."""
 
         def init_state(seed: UInt32[Array, ""]) -> TrainState:
             key = random_key(seed)
-            return _init_state(self.definition.init(key), self.config, self.optimizer, key)
+            return _init_state(self.model_def.init(key), self.config, self.optimizer, key)
 
         init_on_devices = jax.jit(init_state, out_shardings=self.device_shardings)
         with jax.set_mesh(self.mesh):
-            return jax.device_put(init_on_devices(self.values.seed), self.shardings)
+            return jax.device_put(init_on_devices(self.hyperparams.seed), self.shardings)
 
     @property
     def device_shardings(self) -> TrainState:
@@ -124,32 +124,32 @@ def make_run_spec(
     Raises:
         UserError: parts and sizes that do not fit together.
     """
-    definition = define_model(config.model, config.parts() if parts is None else parts)
-    values = run_values(config)
-    params = add_adapters(definition.shapes, config.lora.parts, adapter_shapes(config.lora))
-    axes = add_adapters(definition.axes, config.lora.parts, adapter_axes)
+    model_def = define_model(config.model, config.parts() if parts is None else parts)
+    hyperparams = make_hyperparams(config)
+    params = add_adapters(model_def.shapes, config.lora.parts, adapter_shapes(config.lora))
+    axes = add_adapters(model_def.axes, config.lora.parts, adapter_axes)
     decay = config.optimizer.layer_decay
     scales = None if decay == 1 else partition(lr_scales(params, config.model, decay), config.frozen)[0]
-    optimizer = _make_optimizer(config, values, scales)
-    placement = make_param_shardings(params, axes, mesh)
+    optimizer = _make_optimizer(config, hyperparams, scales)
+    param_shardings = make_param_shardings(params, axes, mesh)
     shapes = jax.eval_shape(
-        lambda params: _init_state(params, config, optimizer, random_key(values.seed)), definition.shapes
+        lambda params: _init_state(params, config, optimizer, random_key(hyperparams.seed)), model_def.shapes
     )
-    shardings = _state_shardings(config, shapes, placement, optimizer, mesh)
+    shardings = _state_shardings(config, shapes, param_shardings, optimizer, mesh)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    context = TaskContext(settings=config.tasks, tokens=tokens)
-    return RunSpec(config, context, mesh, definition, values, scales, axes, placement, shapes, shardings)
+    context = TaskContext(config=config.tasks, tokens=tokens)
+    return RunSpec(config, context, mesh, model_def, hyperparams, scales, axes, param_shardings, shapes, shardings)
 
 
-def _make_schedules(config: RunConfig, values: RunValues) -> Mapping[str, optax.Schedule]:
+def _make_schedules(config: RunConfig, hyperparams: Hyperparams) -> Mapping[str, optax.Schedule]:
     return {
         group: make_schedule(config.schedule, peak, config.steps, config.grad_accum_steps)
-        for group, peak in values.learning_rates.items()
+        for group, peak in hyperparams.learning_rates.items()
     }
 
 
-def _make_optimizer(config: RunConfig, values: RunValues, scales: Params | None) -> optax.GradientTransformation:
-    schedules = _make_schedules(config, values)
+def _make_optimizer(config: RunConfig, hyperparams: Hyperparams, scales: Params | None) -> optax.GradientTransformation:
+    schedules = _make_schedules(config, hyperparams)
     return make_optimizer(config.optimizer, schedules["rest"], schedules["vision"], scales)
 
 
@@ -190,18 +190,18 @@ def eval_params(spec: RunSpec, state: TrainState) -> Params:
 
 
 def _state_shardings(
-    config: RunConfig, shapes: TrainState, placement: ParamShardings, optimizer: optax.GradientTransformation,
+    config: RunConfig, shapes: TrainState, param_shardings: ParamShardings, optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> TrainState:  # fmt: skip
     replicated = replicated_sharding(mesh)
-    trained, _ = partition(placement.shardings, config.frozen)
+    trained, _ = partition(param_shardings.shardings, config.frozen)
     memory_kind = HOST_MEMORY if config.optimizer.offload_moments else None
 
     def shard_moment(moment: Any, sharding: Any) -> Any:
         return moment if isinstance(moment, optax.MaskedNode) else sharding.with_memory_kind(memory_kind)
 
     shardings: TrainState = jax.tree.map(lambda _: replicated, shapes)
-    shardings["params"] = placement.shardings
+    shardings["params"] = param_shardings.shardings
     # Moments are sharded like their parameters; by default they would all be put on one device.
     shardings["opt"] = optax.tree_utils.tree_map_params(
         optimizer, shard_moment, shapes["opt"], trained, transform_non_params=lambda _: replicated,
@@ -210,5 +210,5 @@ def _state_shardings(
     if "ema" in shapes:
         shardings["ema"] = trained
     if "teacher" in shapes:
-        shardings["teacher"] = remove_adapters(placement.shardings)
+        shardings["teacher"] = remove_adapters(param_shardings.shardings)
     return shardings

@@ -25,7 +25,7 @@ from mplug2_jax.training.compilation import aot_cache_miss_reason, compiler_opti
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.optim.lora import merge_adapters
 from mplug2_jax.training.optim.partition import combine, partition
-from mplug2_jax.training.state import RunSpec, RunValues, TrainState
+from mplug2_jax.training.state import Hyperparams, RunSpec, TrainState
 
 StreamBatches = Mapping[str, DeviceBatch]
 BatchSizes = tuple[tuple[str, int], ...]
@@ -43,8 +43,8 @@ def streams_loss(
 ) -> tuple[Float[Array, ""], tuple[Metrics, Queues]]:  # fmt: skip
     """Return the weighted sum of all streams' objectives, their metrics, and the queues with these batches added."""
     config = spec.config
-    model = spec.definition.bind(merge_adapters(params, config.lora.scale))
-    teacher_model = None if teacher is None else spec.definition.bind(jax.lax.stop_gradient(teacher))
+    model = spec.model_def.bind(merge_adapters(params, config.lora.scale))
+    teacher_model = None if teacher is None else spec.model_def.bind(jax.lax.stop_gradient(teacher))
     total, queues = jnp.zeros(()), dict(queues)
     metrics: Metrics = {}
     for name, stream in config.streams.items():
@@ -96,34 +96,34 @@ def step_inputs(spec: RunSpec, state: TrainState) -> StepInputs:
     if teacher is not None and distillation is not None:
         student = merge_adapters(state["params"], config.lora.scale)
         teacher = ema_update(teacher, student, distillation.momentum, frozen=distillation.frozen)
-    rng = jax.random.fold_in(random_key(spec.values.seed), state["step"])
+    rng = jax.random.fold_in(random_key(spec.hyperparams.seed), state["step"])
     return StepInputs(rng, teacher, _alpha(config, state["step"]), state.get("frequencies"))
 
 
 def train_step(
-    spec: RunSpec, state: TrainState, batches: StreamBatches, values: RunValues
+    spec: RunSpec, state: TrainState, batches: StreamBatches, hyperparams: Hyperparams
 ) -> tuple[TrainState, Metrics]:
-    """Map (state, batches, values) to (state, metrics). Pure; the randomness is a function of (seed, step)."""
-    spec = dataclasses.replace(spec, values=values)
+    """Map (state, batches, hyperparams) to (state, metrics). Pure; the randomness is a function of (seed, step)."""
+    spec = dataclasses.replace(spec, hyperparams=hyperparams)
     config = spec.config
     params, frozen = partition(state["params"], config.frozen)
     rng, teacher, alpha, frequencies = step_inputs(spec, state)
 
     gather_once = config.fsdp_gather == "step"
     axes, frozen_axes = partition(spec.logical_axes, config.frozen)
-    used = jax.tree.map(all_gather_param, params, axes) if gather_once else params
-    used_frozen = jax.tree.map(all_gather_param, frozen, frozen_axes) if gather_once else frozen
-    used_teacher = teacher
+    gathered = jax.tree.map(all_gather_param, params, axes) if gather_once else params
+    gathered_frozen = jax.tree.map(all_gather_param, frozen, frozen_axes) if gather_once else frozen
+    gathered_teacher = teacher
     if gather_once and teacher is not None:
-        used_teacher = jax.tree.map(all_gather_param, teacher, spec.definition.axes)
+        gathered_teacher = jax.tree.map(all_gather_param, teacher, spec.model_def.axes)
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
         with assume_params_gathered() if gather_once else contextlib.nullcontext():
-            whole = combine(params, used_frozen)
-            return streams_loss(spec, whole, used_teacher, queues, batches, rng, alpha, frequencies)
+            full_params = combine(params, gathered_frozen)
+            return streams_loss(spec, full_params, gathered_teacher, queues, batches, rng, alpha, frequencies)
 
     def compute_grads(queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> tuple[Metrics, Queues, Params]:
-        (_, (metrics, queues)), grads = jax.value_and_grad(loss, has_aux=True)(used, queues, batches, rng)
+        (_, (metrics, queues)), grads = jax.value_and_grad(loss, has_aux=True)(gathered, queues, batches, rng)
         return metrics, queues, jax.tree.map(reduce_scatter_grad, grads, axes) if gather_once else grads
 
     queues = state.get("queues", {})
@@ -144,16 +144,16 @@ def train_step(
         metrics = jax.tree.map(lambda m: m.mean(0), stacked)
 
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    moments = state["opt"]
+    opt_state = state["opt"]
     if config.optimizer.offload_moments:
-        moments = jax.device_put(moments, spec.device_shardings["opt"])
+        opt_state = jax.device_put(opt_state, spec.device_shardings["opt"])
     with jax.named_scope("optimizer"):
-        updates, opt = spec.optimizer.update(grads, moments, params)
+        updates, opt = spec.optimizer.update(grads, opt_state, params)
         new_params = optax.apply_updates(params, updates)
         new_state: TrainState = {"params": combine(new_params, frozen), "opt": opt}
         if "ema" in state:
-            exact = jax.tree.map(lambda p: p.astype(jnp.float32), new_params)
-            new_state["ema"] = ema_update(state["ema"], exact, config.ema_decay)
+            params_fp32 = jax.tree.map(lambda p: p.astype(jnp.float32), new_params)
+            new_state["ema"] = ema_update(state["ema"], params_fp32, config.ema_decay)
     if teacher is not None:
         new_state["teacher"] = teacher
     if queues:
@@ -164,7 +164,7 @@ def train_step(
     norm = jnp.sqrt(jnp.stack([*squared_norms.values()]).sum())
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     # A step that is not finite changes only the step count. Loss and norm are equal on all devices, so all skip it.
-    old_state = {**state, "opt": moments}
+    old_state = {**state, "opt": opt_state}
     for name, new in new_state.items():
         new_state[name] = jax.tree.map(lambda n, o: jax.lax.select(finite, n, o), new, old_state[name])
     new_state["step"] = state["step"] + 1
@@ -174,7 +174,9 @@ def train_step(
     metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in new_state["params"].items()}
     if "contrastive" in state["params"]:
         metrics["temperature"] = state["params"]["contrastive"]["temperature"]
-    metrics |= {f"learning_rate/{group}": schedule(_num_updates(moments)) for group, schedule in spec.schedules.items()}
+    metrics |= {
+        f"learning_rate/{group}": schedule(_num_updates(opt_state)) for group, schedule in spec.schedules.items()
+    }
     return new_state, metrics
 
 
@@ -183,18 +185,20 @@ def _num_updates(opt: optax.OptState) -> Int[Array, ""]:
     return optax.tree.get(opt, "ScaleByAdamState").count
 
 
-class Step:
+class TrainStep:
     """The jitted step (state, batches) -> (state, metrics) of a run: the state is donated and keeps its shardings.
 
     It has a program for each combination of batch sizes, compiled by :meth:`compile`, also before the first call: with
     the same options, so that a replay computes the same bits and finds the program of the run in the compilation cache.
     """
 
-    def __init__(self, jitted: Any, mesh: Mesh, values: RunValues) -> None:
+    def __init__(self, jitted: Any, mesh: Mesh, hyperparams: Hyperparams) -> None:
         self._jitted, self._mesh = jitted, mesh
         replicated = replicated_sharding(mesh)
         # On every device now, and not in every step; without the check of device_put that all processes agree.
-        self._values = jax.tree.map(lambda x: jax.make_array_from_callback((), replicated, lambda _: x), values)
+        self._hyperparams = jax.tree.map(
+            lambda x: jax.make_array_from_callback((), replicated, lambda _: x), hyperparams
+        )
         self.cache_miss_reason: str | None = None  # of the executable compiled ahead; empty: a hit; None: there is none
         self._programs: dict[BatchSizes, Callable[..., tuple[TrainState, Metrics]]] = {}
 
@@ -205,7 +209,7 @@ class Step:
     def trace(self, state: TrainState, batches: StreamBatches) -> Any:
         """Trace the step, for :meth:`compile` and for its ``jaxpr``."""
         with jax.set_mesh(self._mesh):
-            return self._jitted.trace(state, batches, self._values)
+            return self._jitted.trace(state, batches, self._hyperparams)
 
     def compile(self, traced: Any, batches: StreamBatches) -> dict[str, int]:
         """Compile before the first call with batches of these sizes.
@@ -228,18 +232,20 @@ class Step:
         if not self.is_compiled(batches):
             self.compile(self.trace(state, batches), batches)
         with jax.set_mesh(self._mesh):
-            return self._programs[batch_sizes(batches)](state, batches, self._values)
+            return self._programs[batch_sizes(batches)](state, batches, self._hyperparams)
 
 
 def jit_train_step(spec: RunSpec) -> Any:
     """Return :func:`train_step` under ``jax.jit``, to be lowered with the mesh in context; the state is donated."""
     return jax.jit(
-        spec.definition.with_precision(lambda state, batches, values: train_step(spec, state, batches, values)),
+        spec.model_def.with_precision(
+            lambda state, batches, hyperparams: train_step(spec, state, batches, hyperparams)
+        ),
         donate_argnums=0,
         out_shardings=(spec.shardings, replicated_sharding(spec.mesh)),
     )
 
 
-def make_step(spec: RunSpec) -> Step:
-    """Return the step of a run; see :class:`Step`."""
-    return Step(jit_train_step(spec), spec.mesh, spec.values)
+def make_train_step(spec: RunSpec) -> TrainStep:
+    """Return the step of a run; see :class:`TrainStep`."""
+    return TrainStep(jit_train_step(spec), spec.mesh, spec.hyperparams)

@@ -144,7 +144,7 @@ def save_random_run(path: Path, config: RunConfig, scale: float = 0.1, *, biases
         return jax.device_put(factor * rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
 
     state = jax.tree_util.tree_map_with_path(draw, spec.shapes)
-    model = ModelMetadata(config.model, spec.definition.parts)
+    model = ModelMetadata(config.model, spec.model_def.parts)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=model)
     checkpoints.save(state, data_position(1, open_streams(config, tokenizer)))
     checkpoints.close()

@@ -44,8 +44,8 @@ def test_both_rule_tables_and_every_parameter_are_shown() -> None:
     for name in (*PARAMETER_RULES, *ACTIVATION_RULES):
         assert re.search(rf"^{name} +[-\w]", shown.out, re.MULTILINE), name
     parts = ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm", "contrastive", "matching")
-    definition = define_model(model_config("tiny"), parts)
-    assert f"\n{definition.num_params():,} parameters; " in shown.out
+    model_def = define_model(model_config("tiny"), parts)
+    assert f"\n{model_def.num_params():,} parameters; " in shown.out
     assert "skipped rules" not in shown.out
 
 

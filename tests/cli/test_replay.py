@@ -30,5 +30,5 @@ def test_rounding_is_distinguished_from_mismatches(
 
 
 def test_changes_of_the_config_since_the_step_are_printed() -> None:
-    change = ConfigChange("optimizer.learning_rate", "deciding", True, {"old": 0.1, "new": 0.2})
+    change = ConfigChange("optimizer.learning_rate", "training", True, {"old": 0.1, "new": 0.2})
     assert describe_changes([change]).endswith("config.optimizer.learning_rate was 0.1 and is 0.2 now")

@@ -125,10 +125,10 @@ def test_two_of_our_checkpoints_are_compared_by_part_without_the_optimizer(impor
 
 
 def test_a_run_with_an_average_and_a_head_of_its_own_equals_its_export(tmp_path: Path) -> None:
-    definition = define_model(official_config(), (*TASK_PARTS["videoqa"], "contrastive"))
-    params = jax.tree.map(np.asarray, jax.jit(definition.init)(random_key(0)))
+    model_def = define_model(official_config(), (*TASK_PARTS["videoqa"], "contrastive"))
+    params = jax.tree.map(np.asarray, jax.jit(model_def.init)(random_key(0)))
     average = jax.tree.map(lambda x: np.asarray(x + 1), {p: tree for p, tree in params.items() if p != "decoder"})
-    model = ModelMetadata(definition.config, definition.parts, {})
+    model = ModelMetadata(model_def.config, model_def.parts, {})
     saved = Checkpoints(tmp_path / "run" / "checkpoints", CheckpointConfig(), model=model)
     saved.save({"params": params, "ema": average}, DataPosition(3, {}))
     saved.close()

@@ -20,7 +20,7 @@ from data_pipelines.config import ExampleConfig
 from data_pipelines.examples import encode_answer
 from data_pipelines.media import file_media
 from data_pipelines.visual import load_visual
-from mplug2_jax.cli.common import open_run
+from mplug2_jax.cli.common import restore_run
 from mplug2_jax.generation.rank import rank_answers
 from mplug2_jax.inference import generator
 from mplug2_jax.inference.media import visual_config
@@ -155,7 +155,7 @@ def test_weights_of_8_bits_are_close(exported: Path) -> None:
 
 def run_ours(workdir: Path, clip: Path) -> tuple[Any, list[tuple[str, float]]]:
     """Return the pooled features of a clip, and the ranked candidates, as the project computes them."""
-    spec, params, _, tokenizer = open_run(argparse.Namespace(workdir=workdir, step=None, overrides=[]))
+    spec, params, _, tokenizer = restore_run(argparse.Namespace(workdir=workdir, step=None, overrides=[]))
     frames = load_visual(file_media(clip), visual_config(spec.config), np.random.default_rng(0)).frames
     instruction = np.asarray([tokenizer.encode(QUESTION)])
     batch = {"frames": frames[None], "instruction": instruction, "instruction_mask": np.ones_like(instruction, bool)}
@@ -164,9 +164,9 @@ def run_ours(workdir: Path, clip: Path) -> tuple[Any, list[tuple[str, float]]]:
     table = jnp.asarray([[*row, *[0] * (max(map(len, rows)) - len(row))] for row in rows])
 
     @jax.jit
-    @spec.definition.with_precision
+    @spec.model_def.with_precision
     def compute(params: Any) -> Any:
-        forward = ForwardPass(spec.definition.bind(params), batch)
+        forward = ForwardPass(spec.model_def.bind(params), batch)
         ranks = rank_answers(
             forward.model.decoder, *forward.instruction_memory, table, table != 0, num_candidates=len(rows)
         )

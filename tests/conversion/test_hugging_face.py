@@ -29,11 +29,11 @@ def load_model(workdir: Path, **overrides: Any) -> tuple[Mplug2, Any]:
     """Return the model of a checkpoint and its parameters, in float32."""
     checkpoints, step = open_checkpoint(workdir)
     identity = checkpoints.model_metadata(step)
-    definition = define_model(dataclasses.replace(identity.config, dtype="float32", **overrides), identity.parts)
-    params, _ = checkpoints.restore_params(definition.shapes, step)
+    model_def = define_model(dataclasses.replace(identity.config, dtype="float32", **overrides), identity.parts)
+    params, _ = checkpoints.restore_params(model_def.shapes, step)
     checkpoints.close()
     params = jax.tree.map(jnp.asarray, params)
-    return definition.bind(params), params
+    return model_def.bind(params), params
 
 
 def openai_state_dict(model: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_clip_equals_the_library_at_every_layer(
     model = clip_model(**settings)
     is_resized = size != model.config.image_size
     plan = plan_import([save(model, layout, tmp_path / "clip")], image_size=size if is_resized else None)
-    assert (plan.definition.config.image_size, plan.definition.config.vision_activation) == (
+    assert (plan.model_def.config.image_size, plan.model_def.config.vision_activation) == (
         size, settings.get("hidden_act", "quick_gelu")
     )  # fmt: skip
     run_import(plan, tmp_path / "ours")
@@ -131,7 +131,7 @@ def test_bert_equals_the_library_at_every_layer(tmp_path: Path, head: bool, head
     model.save_pretrained(tmp_path / "bert")
     plan = plan_import([tmp_path / "bert"])
     run_import(plan, tmp_path / "ours")
-    assert plan.definition.parts == (("text", "universal", "mlm") if head else ("text", "universal"))
+    assert plan.model_def.parts == (("text", "universal", "mlm") if head else ("text", "universal"))
     ids = np.random.default_rng(0).integers(1, 90, (3, 9))
     mask = np.arange(9) < np.array([[9], [6], [2]])
     ids = np.where(mask, ids, 0)
@@ -159,7 +159,7 @@ def test_clip_and_bert_initialize_one_model(tmp_path: Path) -> None:
     clip.save_pretrained(tmp_path / "clip")
     bert.save_pretrained(tmp_path / "bert")
     plan = plan_import([tmp_path / "clip", tmp_path / "bert"])
-    assert plan.definition.parts == ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm")
+    assert plan.model_def.parts == ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm")
     report = run_import(plan, tmp_path / "ours")
     _, params = load_model(tmp_path / "ours")
     state = bert.state_dict()
@@ -227,7 +227,7 @@ def test_tensorflow_s_names_of_bert_fill_the_same_parameters(tmp_path: Path, suf
     named = {f"{name}{suffix}": np.asarray(value) for name, value in tensors.items()}
     stored = write_checkpoint(tmp_path / "tf" / "model.safetensors", named)
     plan = plan_import([stored])
-    assert plan.definition == plan_import([tmp_path / "bert"]).definition
+    assert plan.model_def == plan_import([tmp_path / "bert"]).model_def
     run_import(plan_import([tmp_path / "bert"]), tmp_path / "expected")
     report = run_import(plan, tmp_path / "ours")
     (_, ours), (_, expected) = load_model(tmp_path / "ours"), load_model(tmp_path / "expected")

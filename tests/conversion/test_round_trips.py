@@ -189,8 +189,8 @@ def test_only_the_position_table_is_resized(tmp_path: Path) -> None:
 
 
 def test_arrays_that_share_tensors_are_grouped_and_small_groups_are_batched() -> None:
-    definition = define_model(official_config(), TASK_PARTS["videoqa"])
-    name_mapping = map_official_names(definition.config, definition.parts, 2, teacher=True)
+    model_def = define_model(official_config(), TASK_PARTS["videoqa"])
+    name_mapping = map_official_names(model_def.config, model_def.parts, 2, teacher=True)
     groups = group_arrays(name_mapping.mappings)
     paths = [path for group, _ in groups for path in group]
     assert len(paths) == len(set(paths)) == len({mapping.path for mapping in name_mapping.mappings})
@@ -211,9 +211,9 @@ def test_every_tensor_of_the_large_models_is_mapped(task: str, teacher: bool, mo
     large = DetectedCheckpoint(Path("large.pth"), "official", "official mPLUG-2", MemorySource(shapes_only), "official")
     monkeypatch.setattr(import_plan, "identify", lambda path: large)
     plan = plan_import([large.path], task=task)
-    assert plan.definition.config.fusion_layers == 6
+    assert plan.model_def.config.fusion_layers == 6
     assert not plan.initialized
-    assert plan.definition.num_params() == (621_853_498 if task == "caption" else 1_031_533_370)
+    assert plan.model_def.num_params() == (621_853_498 if task == "caption" else 1_031_533_370)
 
 
 def test_exporting_a_model_without_the_release_s_parts_names_the_missing_ones(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_both_frameworks_agree_on_every_tap_of_a_conversion(tmp_path: Path, task
         assert max(c.relative for c in each.comparisons) <= 1e-5
     settings = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (TOKENIZER.cls_id, TOKENIZER.sep_id)
-    assert plan_import([tmp_path / "hub"]).definition == plan.definition
+    assert plan_import([tmp_path / "hub"]).model_def == plan.model_def
 
 
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, *map(chr, range(97, 123)), "a red dot"])

@@ -179,9 +179,9 @@ def test_the_release_counts_the_first_token_twice_and_needs_no_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contexts: list[TaskContext] = []
-    monkeypatch.setattr(loop, "jit_predict", lambda task, definition, context, mesh: contexts.append(context))
-    settings = dataclasses.replace(CONTEXT.settings, search=SearchConfig(extend_finished=True, max_length=1))
-    monkeypatch.setitem(globals(), "CONTEXT", dataclasses.replace(CONTEXT, settings=settings))
+    monkeypatch.setattr(loop, "jit_predict", lambda task, model_def, context, mesh: contexts.append(context))
+    config = dataclasses.replace(CONTEXT.config, search=SearchConfig(extend_finished=True, max_length=1))
+    monkeypatch.setitem(globals(), "CONTEXT", dataclasses.replace(CONTEXT, config=config))
     path = write(tmp_path, ANSWERS)
     make_evaluation("answer", path, num_ranked=3)
     make_evaluation("answer", path, num_ranked=3, examples=dataclasses.replace(QUESTIONS, tokenization="released"))

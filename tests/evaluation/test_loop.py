@@ -31,13 +31,13 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.classify import score
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from tests.close import assert_close
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
 CONTEXT = TaskContext(
-    settings=TaskSettings(mlm=MlmConfig(mask_rate=0.5)),
+    config=TasksConfig(mlm=MlmConfig(mask_rate=0.5)),
     tokens=SpecialTokens(begin=TOKENIZER.cls_id, end=TOKENIZER.sep_id, mask=TOKENIZER.mask_id),
 )
 MODEL = model_config(
@@ -67,9 +67,9 @@ def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE
     )
 
 
-def random_params(definition):
+def random_params(model_def):
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), definition.shapes)
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), model_def.shapes)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,10 @@ ACTIONS = ExampleConfig(instructions={"label": InstructionConfig(templates=("",)
 def actions(visual, *, batch_size=6, mesh=None, size=7, model=MODEL):
     sources = {"digits": SourceConfig(kind="video", split="heldout", max_records=size)}
     data = DataConfig(sources=sources, visual=visual, examples=ACTIONS, batch_size=batch_size)
-    definition = define_model(dataclasses.replace(model, num_classes=len(VIDEO_LABELS)), SEEING)
+    model_def = define_model(dataclasses.replace(model, num_classes=len(VIDEO_LABELS)), SEEING)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     config = EvaluationConfig(task="classify", data=data)
-    return Evaluation("held", config, definition, CONTEXT, TOKENIZER, mesh or one, seed=0), definition
+    return Evaluation("held", config, model_def, CONTEXT, TOKENIZER, mesh or one, seed=0), model_def
 
 
 def assert_same_predictions(ours, theirs):
@@ -116,8 +116,8 @@ def assert_same_predictions(ours, theirs):
 def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
     """Any batch size and mesh gives the same; an example with one bad view is skipped."""
     visual = VisualConfig(num_frames=2, num_clips=3)
-    ours, definition = actions(visual)
-    params = random_params(definition)
+    ours, model_def = actions(visual)
+    params = random_params(model_def)
     rows = [
         np.asarray(ours._predict(params, batch.arrays)["probabilities"]) for batch in ours._set.batches()
     ]  # a row for each view
@@ -168,11 +168,11 @@ def test_in_bfloat16_no_bit_of_a_prediction_depends_on_how_many_are_read_at_a_ti
     for batch_size, axes in ((3, {}), (size, mesh)):
         devices = jax.devices()[: math.prod(axes.values())]
         on = make_mesh(MeshConfig(**axes), devices)
-        ours, definition = actions(
+        ours, model_def = actions(
             VisualConfig(num_frames=2), model=in_bfloat16, batch_size=batch_size, mesh=on, size=21
         )
         monkeypatch.setattr(ours, "_score", record)
-        ours.run(random_params(definition), 0)
+        ours.run(random_params(model_def), 0)
     assert len(np.unique(given[0])) > 20
     np.testing.assert_array_equal(*given)
 

@@ -22,13 +22,13 @@ from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.tasks.table import TASKS
 from tests.evaluation.test_loop import TOKENIZER, random_params
 
 K, SIZE = 3, 12
 CONTEXT = TaskContext(
-    settings=TaskSettings(rerank_k=K),
+    config=TasksConfig(rerank_k=K),
     tokens=SpecialTokens(begin=TOKENIZER.cls_id, end=TOKENIZER.sep_id, mask=TOKENIZER.mask_id),
 )
 MODEL = model_config(
@@ -47,10 +47,10 @@ def data(batch_size=8):
     )  # fmt: skip
 
 
-def evaluation(batch_size=8, mesh=None, definition=DEFINITION):
+def evaluation(batch_size=8, mesh=None, model_def=DEFINITION):
     config = EvaluationConfig(task="rerank", data=data(batch_size), num_samples=1)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Evaluation("held", config, definition, CONTEXT, TOKENIZER, mesh or one, seed=0)
+    return Evaluation("held", config, model_def, CONTEXT, TOKENIZER, mesh or one, seed=0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, unique=True), st.integers(1, 5))
@@ -163,9 +163,9 @@ def test_reranking_needs_the_parts_of_contrast_and_matching():
     assert set(parts) == {"vision", "text", "universal", "contrastive", "fusion", "matching"}
     for lacking in ("contrastive", "matching"):
         with pytest.raises(UserError, match=f"task 'rerank' needs the parts {lacking}, which this model lacks"):
-            evaluation(definition=define_model(MODEL, tuple(part for part in parts if part != lacking)))
+            evaluation(model_def=define_model(MODEL, tuple(part for part in parts if part != lacking)))
 
 
 def test_at_least_one_candidate_is_reranked():
     with pytest.raises(UserError, match=r"config\.tasks\.rerank_k"):
-        TaskSettings(rerank_k=0)
+        TasksConfig(rerank_k=0)

@@ -19,7 +19,7 @@ from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from tests.evaluation.test_loop import LETTERS, MODEL
 
 TEXTS = (
@@ -41,15 +41,15 @@ def evaluate_perfect_model(
     (folder / "set.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     source = SourceConfig(format="annotations", kind="text", path=str(folder / "set.jsonl"))
     read = DataConfig(sources={"set": source}, visual=VisualConfig(), examples=examples, batch_size=4, **data)
-    definition = define_model(
+    model_def = define_model(
         dataclasses.replace(MODEL, vocab_size=WORDS.vocab_size, max_positions=64), ("text", "universal", "decoder")
     )
     tokens = SpecialTokens(begin=WORDS.cls_id, end=WORDS.sep_id, mask=WORDS.mask_id)
-    context = TaskContext(settings=TaskSettings(), tokens=tokens)
+    context = TaskContext(config=TasksConfig(), tokens=tokens)
     monkeypatch.setattr(loop, "jit_predict", lambda *_: lambda params, batch: {"ids": batch["target"]})
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     config = EvaluationConfig(task=task, data=read)
-    return Evaluation("held", config, definition, context, WORDS, mesh, seed=0).run({}, 0)
+    return Evaluation("held", config, model_def, context, WORDS, mesh, seed=0).run({}, 0)
 
 
 @pytest.mark.parametrize("task", ["answer", "ilm", "vqa", "summarize"])

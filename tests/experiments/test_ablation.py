@@ -10,12 +10,12 @@ from PIL import Image
 from mplug2_jax.experiments.ablation import FULL, VARIANTS, Effect, ablate, draw, effects, run_variants
 from mplug2_jax.recipes.digitworld import zero_shot_evaluations
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
-from mplug2_jax.training.durations import load_run
+from mplug2_jax.training.durations import load_run_config
 from tests.runs import ONE_LAYER
 
 
 def demo(*overrides: str) -> RunConfig:
-    config = load_run("demo", overrides)
+    config = load_run_config("demo", overrides)
     return dataclasses.replace(config, evaluations={**config.evaluations, **zero_shot_evaluations()})
 
 
@@ -67,7 +67,7 @@ def test_variants_are_trained_evaluated_and_read_again(tmp_path: Path) -> None:
         evaluations={name: pretraining.evaluations[name] for name in ("video_retrieval", "image_retrieval")},
         checkpoint=CheckpointConfig(),
     )
-    finetuning = load_run("digitworld:action", ["--config.steps=1", *ONE_LAYER])
+    finetuning = load_run_config("digitworld:action", ["--config.steps=1", *ONE_LAYER])
     names = (FULL, "no temporal units")
 
     def run() -> list[object]:

@@ -11,7 +11,7 @@ import pytest
 from mplug2_jax.errors import UserError
 from mplug2_jax.experiments.runs import mean_interval, train_to_end
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.durations import load_run
+from mplug2_jax.training.durations import load_run_config
 from mplug2_jax.training.workdir import WorkDir
 
 
@@ -36,7 +36,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_a_finished_run_is_read_and_an_unfinished_one_resumed(trained: list[Path], tmp_path: Path) -> None:
-    config, folder = load_run("digitworld:digit", ["--config.steps=2"]), tmp_path / "a"
+    config, folder = load_run_config("digitworld:digit", ["--config.steps=2"]), tmp_path / "a"
     first = train_to_end(config, folder)
     assert first == train_to_end(config, folder) == {"digit": {"metrics": {"top_1": 0.25}}}
     assert trained == [folder]
@@ -47,7 +47,7 @@ def test_a_finished_run_is_read_and_an_unfinished_one_resumed(trained: list[Path
 
 
 def test_a_run_without_its_checkpoints_is_finished_too(trained: list[Path], tmp_path: Path) -> None:
-    config, folder = load_run("digitworld:digit", ["--config.steps=2"]), tmp_path / "a"
+    config, folder = load_run_config("digitworld:digit", ["--config.steps=2"]), tmp_path / "a"
     for _ in range(2):
         train_to_end(config, folder, keep_checkpoints=False)
         assert not WorkDir(folder).checkpoints.exists()

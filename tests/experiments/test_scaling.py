@@ -22,11 +22,11 @@ from mplug2_jax.experiments.scaling import (
     train_grid,
 )
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.durations import load_run
+from mplug2_jax.training.durations import load_run_config
 
 
 def test_width_and_budget_scale_the_run() -> None:
-    demo = load_run("demo", [])
+    demo = load_run_config("demo", [])
     assert scale_run(demo, 1.0, 1.0) == demo
     wide = scale_run(demo, 2.0, 0.5)
     assert (wide.steps, wide.schedule.warmup_steps) == (190, 12)
@@ -74,7 +74,7 @@ def test_the_grid_is_trained_read_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp
         return {name: {"metrics": dict.fromkeys(METRICS[name], 0.5)} for name in config.evaluations}
 
     monkeypatch.setattr(scaling, "train_to_end", train_to_end)
-    runs = train_grid(load_run("demo", ["--config.steps=100"]), tmp_path)
+    runs = train_grid(load_run_config("demo", ["--config.steps=100"]), tmp_path)
     assert len({(run.width, run.steps) for run in runs}) == 9
     assert [run.flops for run in runs] == sorted(run.flops for run in runs)
     middle = next(run for run in runs if (run.width, run.steps) == (1.0, 100))

@@ -14,7 +14,7 @@ from mplug2_jax.experiments import transfer as module
 from mplug2_jax.experiments.transfer import Difference, TaskTransfer, count_better, transfer, write_transfer_page
 from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.durations import load_run
+from mplug2_jax.training.durations import load_run_config
 
 
 @pytest.fixture
@@ -43,7 +43,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, RunConfig]]:
 
 def run_digit(folder: Path) -> TaskTransfer:
     (task,) = transfer(
-        {"digit": load_run("digitworld:digit", [])}, Path("demo"), folder, seeds=3, learning_rates=(1e-4, 1e-3, 3e-3)
+        {"digit": load_run_config("digitworld:digit", [])},
+        Path("demo"),
+        folder,
+        seeds=3,
+        learning_rates=(1e-4, 1e-3, 3e-3),
     )
     return task
 
@@ -68,7 +72,7 @@ def test_each_arm_has_the_rate_that_is_best_on_validation_examples(
 
 @pytest.mark.parametrize("name", FINETUNES)
 def test_validation_examples_are_neither_trained_on_nor_reported(name: str) -> None:
-    config = load_run(f"digitworld:{name}", [])
+    config = load_run_config(f"digitworld:{name}", [])
     with_validation = module._with_validation(name, config, 1e-3, 1)
     assert with_validation.evaluations.keys() == config.evaluations.keys() | {"validation"}
     assert with_validation.evaluations["validation"].task == config.evaluations[name].task

@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]) -> Path
     spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
     state |= spec.init()
     state["ema"] = jax.tree.map(lambda x: x + 1, state["ema"])
-    identity = ModelMetadata(config.model, spec.definition.parts)
+    identity = ModelMetadata(config.model, spec.model_def.parts)
     checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig(), model=identity)
     for step in (3, 4):
         checkpoints.save(state, DataPosition(step, {}))

@@ -44,19 +44,19 @@ def test_unused_parts_have_no_parameters(parts, present, absent):
 
 
 def test_every_parameter_has_a_name_per_axis():
-    definition = define_model(model_config("tiny", num_classes=10), (*EVERYTHING, "classifier"))
+    model_def = define_model(model_config("tiny", num_classes=10), (*EVERYTHING, "classifier"))
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-    axes = jax.tree.leaves(definition.axes, is_leaf=is_axes)
-    shapes = jax.tree.leaves(definition.shapes)
+    axes = jax.tree.leaves(model_def.axes, is_leaf=is_axes)
+    shapes = jax.tree.leaves(model_def.shapes)
     assert [len(a) for a in axes] == [len(s.shape) for s in shapes]
 
 
 def test_16_bit_compute_has_float32_parameters():
-    definition = define_model(model_config("tiny", dtype="bfloat16", dropout=0.0), QUESTION)
-    params = jax.jit(definition.init)(jax.random.key(0))
+    model_def = define_model(model_config("tiny", dtype="bfloat16", dropout=0.0), QUESTION)
+    params = jax.jit(model_def.init)(jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     images = jnp.zeros((1, 1, 32, 32, 3), jnp.uint8)
-    tokens = jax.eval_shape(lambda p: definition.bind(p).encode_visual(images), params)
+    tokens = jax.eval_shape(lambda p: model_def.bind(p).encode_visual(images), params)
     assert tokens.dtype == jnp.bfloat16
 
 
@@ -65,21 +65,21 @@ def test_16_bit_compute_is_close_to_float32():
     clip = jax.random.randint(jax.random.key(1), (2, 3, 32, 32, 3), 0, 256).astype(jnp.uint8)
 
     def tokens(dtype):
-        definition = define_model(model_config("tiny", dtype=dtype), CAPTION)
-        return jax.jit(lambda p: definition.bind(p).encode_visual(clip))(params)
+        model_def = define_model(model_config("tiny", dtype=dtype), CAPTION)
+        return jax.jit(lambda p: model_def.bind(p).encode_visual(clip))(params)
 
     assert_close(tokens("bfloat16"), tokens("float32"), BFLOAT16)
 
 
 def test_taps_have_the_requested_intermediates_and_no_effect():
-    definition = define_model(model_config("tiny", dtype="float32"), CAPTION)
-    params = jax.jit(definition.init)(jax.random.key(0))
+    model_def = define_model(model_config("tiny", dtype="float32"), CAPTION)
+    params = jax.jit(model_def.init)(jax.random.key(0))
     clip = jnp.ones((1, 2, 32, 32, 3))
     taps = Taps(["vision/block", "visual/out"])
 
     @jax.jit
     def run(params):
-        return definition.bind(params).encode_visual(clip, taps=taps), dict(taps)
+        return model_def.bind(params).encode_visual(clip, taps=taps), dict(taps)
 
     out, tapped = run(params)
     assert set(tapped) == {"vision/block", "visual/out"}
@@ -87,7 +87,7 @@ def test_taps_have_the_requested_intermediates_and_no_effect():
     np.testing.assert_array_equal(tapped["visual/out"], out)
 
     def program(taps):
-        return str(jax.make_jaxpr(lambda p: definition.bind(p).encode_visual(clip, taps=taps))(params))
+        return str(jax.make_jaxpr(lambda p: model_def.bind(p).encode_visual(clip, taps=taps))(params))
 
     assert program(None) == program(Taps([]))
 
@@ -98,12 +98,12 @@ def test_a_large_model_is_initialized_in_shards():
     from tests.tpu import LOW_EFFORT, topology_mesh
 
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
-    definition = define_model(model_config("large"), QUESTION)
-    sharded = make_param_shardings(definition.shapes, definition.axes, mesh)
+    model_def = define_model(model_config("large"), QUESTION)
+    sharded = make_param_shardings(model_def.shapes, model_def.axes, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        compiled = jax.jit(definition.init, out_shardings=sharded.shardings).lower(key).compile(LOW_EFFORT)
+        compiled = jax.jit(model_def.init, out_shardings=sharded.shardings).lower(key).compile(LOW_EFFORT)
     memory = compiled.memory_analysis()
-    total = 4 * definition.num_params()
+    total = 4 * model_def.num_params()
     assert memory.output_size_in_bytes < 1.1 * total / 8
     assert memory.temp_size_in_bytes < 0.1 * total

@@ -102,15 +102,15 @@ def test_causal_attention_over_a_sharded_sequence_is_refused() -> None:
 def test_a_model_matches_one_device_with_sharded_frames_and_tokens(monkeypatch) -> None:
     """Compare tower, universal layers and decoder, with dropout, and matmuls as on a TPU, which are not flattened."""
     monkeypatch.setattr(layers, "target_platform", lambda: "tpu")
-    definition = define_model(small_model(universal_layers=2), ("vision", "temporal", "text", "universal", "decoder"))
-    params = definition.init(jax.random.key(0))
+    model_def = define_model(small_model(universal_layers=2), ("vision", "temporal", "text", "universal", "decoder"))
+    params = model_def.init(jax.random.key(0))
     up = params["vision"]["blocks"]["temporal_1"]["up"]  # initialized to zero, which would hide the frames around
     up["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), up["kernel"].shape)
     clips = jax.random.randint(jax.random.key(2), (2, 4, 16, 16, 3), 0, 256).astype(jnp.uint8)
     words = jax.random.randint(jax.random.key(3), (2, 5), 1, 256)
 
     def loss(params):
-        model = definition.bind(params)
+        model = model_def.bind(params)
         visual = model.encode_visual(clips, rng=jax.random.key(4))
         logits = model.decoder(words, None, visual, rng=jax.random.key(5))
         return jnp.sum(jax.nn.log_softmax(logits) ** 2) / 1e3 + jnp.sum(visual[:, 0] ** 3), (visual, logits)

@@ -12,7 +12,7 @@ from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.objectives.config import MlmConfig, VlmConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import streams_loss
@@ -36,7 +36,7 @@ def make_config(streams):
 
     return RunConfig(
         name="gradients", steps=1, model=MODEL,
-        tasks=TaskSettings(vlm=VlmConfig(group_size=BATCH), mlm=MlmConfig(mask_rate=0.5)),
+        tasks=TasksConfig(vlm=VlmConfig(group_size=BATCH), mlm=MlmConfig(mask_rate=0.5)),
         streams={kind: StreamConfig(data=data(kind), objectives=weights) for kind, weights in streams.items()},
     )  # fmt: skip
 
@@ -64,9 +64,9 @@ def spec():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     spec = make_run_spec(make_config(EVERYTHING), SpecialTokens(begin=1, end=2, mask=3), mesh)
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), spec.definition.shapes)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), spec.model_def.shapes)
     params["contrastive"]["temperature"] = jnp.asarray(0.07)
-    assert set(spec.definition.parts) == set(PARTS) - {"classifier"}
+    assert set(spec.model_def.parts) == set(PARTS) - {"classifier"}
     return spec, params
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.forward import ForwardPass, label_cross_entropy
 from mplug2_jax.tasks.base import TaskContext
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.tasks.table import TASKS
 from tests.close import assert_close, max_magnitude
 from tests.objectives.test_language import FakeForward as FakeDecoding
@@ -64,7 +64,7 @@ def make_forward(objective: str) -> ForwardPass:
 
 
 def loss(objective: str, smoothing: float) -> float:
-    context = TaskContext(settings=TaskSettings(label_smoothing=smoothing), tokens=TOKENS)
+    context = TaskContext(config=TasksConfig(label_smoothing=smoothing), tokens=TOKENS)
     return float(TASKS[objective].loss(make_forward(objective), context).loss)
 
 
@@ -87,4 +87,4 @@ def test_caption_loss_is_the_mean_over_smoothed_tokens() -> None:
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
 def test_smoothing_out_of_range_is_refused(smoothing: float) -> None:
     with pytest.raises(UserError, match=rf"config\.tasks\.label_smoothing={smoothing} must be between 0 and 1"):
-        TaskSettings(label_smoothing=smoothing)
+        TasksConfig(label_smoothing=smoothing)

@@ -15,7 +15,7 @@ from mplug2_jax.objectives.config import ScstConfig
 from mplug2_jax.objectives.forward import ForwardPass, named_key
 from mplug2_jax.objectives.scst import advantages
 from mplug2_jax.tasks.base import TaskContext
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.tasks.table import TASKS
 from tests.close import CHAIN, assert_close
 
@@ -27,15 +27,15 @@ MODEL = model_config(
 )  # fmt: skip
 TASK, RNG = TASKS["scst"], jax.random.key(3)
 CONTEXT = TaskContext(
-    settings=TaskSettings(scst=ScstConfig(num_samples=SAMPLES)), tokens=SpecialTokens(begin=1, end=2, mask=3)
+    config=TasksConfig(scst=ScstConfig(num_samples=SAMPLES)), tokens=SpecialTokens(begin=1, end=2, mask=3)
 )
 
 
 @pytest.fixture(scope="module")
 def model():
-    definition = define_model(MODEL, TASK.parts)
+    model_def = define_model(MODEL, TASK.parts)
     rng = np.random.default_rng(0)
-    return definition, jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, s.dtype), definition.shapes)
+    return model_def, jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, s.dtype), model_def.shapes)
 
 
 def make_batch(ids=range(EXAMPLES)):
@@ -49,9 +49,9 @@ def make_batch(ids=range(EXAMPLES)):
 
 def sample_captions(model, batch):
     """Sample the captions of a training step."""
-    definition, params = model
+    model_def, params = model
     bound, search = (
-        definition.bind(params),
+        model_def.bind(params),
         SearchConfig(num_beams=SAMPLES, min_length=0, max_length=LENGTH - 1, top_p=1.0),
     )
     memory, key = ForwardPass(bound, batch).caption_memory, named_key(RNG, "scst")
@@ -60,16 +60,16 @@ def sample_captions(model, batch):
 
 def test_the_gradient_is_that_of_reinforce(model):
     """Check that neither sampling nor the loss uses dropout, although the model has it."""
-    definition, params = model
+    model_def, params = model
     batch = make_batch()
-    output = jax.jit(lambda p: sample_captions((definition, p), batch))(params)
+    output = jax.jit(lambda p: sample_captions((model_def, p), batch))(params)
     ids, lengths = np.asarray(output.ids), np.asarray(output.lengths)
     reward = jax.jit(lambda ids: cider_d(ids, batch["references"], uniform_frequencies(), CONTEXT.tokens))
     rewards = np.asarray(reward(output.ids))
     assert rewards.std(1).min() > 0
 
     def reinforce(params):
-        bound = definition.bind(params)
+        bound = model_def.bind(params)
         memory, memory_mask = (jnp.repeat(x, SAMPLES, axis=0) for x in ForwardPass(bound, batch).caption_memory)
         logits = bound.decoder(jnp.asarray(ids.reshape(-1, ids.shape[-1])), None, memory, memory_mask)
         log_probs = jax.nn.log_softmax(logits).reshape(*ids.shape, VOCABULARY)
@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_reinforce(model):
         return -((rewards - baselines) * sampled).sum() / (lengths - 1).sum()
 
     def scst(params):
-        result = TASK.loss(ForwardPass(definition.bind(params), batch, RNG), CONTEXT)
+        result = TASK.loss(ForwardPass(model_def.bind(params), batch, RNG), CONTEXT)
         return result.loss, result.metrics
 
     (loss, metrics), grads = jax.jit(jax.value_and_grad(scst, has_aux=True))(params)
@@ -92,18 +92,16 @@ def test_the_gradient_is_that_of_reinforce(model):
 
 
 def test_samples_of_an_example_do_not_depend_on_its_batch(model):
-    definition, params = model
-    sample = jax.jit(lambda batch: sample_captions((definition, params), batch))
+    model_def, params = model
+    sample = jax.jit(lambda batch: sample_captions((model_def, params), batch))
     three, two = sample(make_batch((0, 1, 2))), sample(make_batch((5, 2)))
     np.testing.assert_array_equal(three.ids[2], two.ids[1])
     assert (np.asarray(three.ids[0]) != np.asarray(three.ids[1])).any()
 
 
 def test_padding_has_no_effect(model):
-    definition, params = model
-    compute_metrics = jax.jit(
-        lambda batch: TASK.loss(ForwardPass(definition.bind(params), batch, RNG), CONTEXT).metrics
-    )
+    model_def, params = model
+    compute_metrics = jax.jit(lambda batch: TASK.loss(ForwardPass(model_def.bind(params), batch, RNG), CONTEXT).metrics)
     unpadded, padded = make_batch((0, 1)), make_batch((0, 1, 2)) | {"example_mask": jnp.asarray([True, True, False])}
     assert_close(compute_metrics(padded), compute_metrics(unpadded), CHAIN)
 

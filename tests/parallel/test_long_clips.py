@@ -35,7 +35,7 @@ def compile_step(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
         "target_weights": array((clips, 16), jnp.float32),
     }
     with jax.set_mesh(spec.mesh):
-        return jit_train_step(spec).lower(spec.shapes, {"clips": batch}, spec.value_shapes).compile()
+        return jit_train_step(spec).lower(spec.shapes, {"clips": batch}, spec.hyperparam_shapes).compile()
 
 
 @pytest.mark.slow

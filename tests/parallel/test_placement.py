@@ -34,19 +34,19 @@ def test_params_follow_the_table_and_skipped_rules_have_reasons() -> None:
 
 def test_a_large_model_is_sharded() -> None:
     """Each device has its share of the kernels; replicated parameters are small."""
-    definition = define_model(model_config("large"), ("vision", "temporal", "text", "universal", "fusion", "decoder"))
+    model_def = define_model(model_config("large"), ("vision", "temporal", "text", "universal", "fusion", "decoder"))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    sharded = make_param_shardings(definition.shapes, definition.axes, mesh)
-    shapes, shardings = jax.tree.leaves(definition.shapes), jax.tree.leaves(sharded.shardings)
+    sharded = make_param_shardings(model_def.shapes, model_def.axes, mesh)
+    shapes, shardings = jax.tree.leaves(model_def.shapes), jax.tree.leaves(sharded.shardings)
     per_device = sum(int(np.prod(s.shard_shape(x.shape))) for x, s in zip(shapes, shardings, strict=True))
-    assert per_device < 1.05 * definition.num_params() / 8
+    assert per_device < 1.05 * model_def.num_params() / 8
     assert all("is not sharded" in skipped for skipped in sharded.skipped_rules.values())
 
 
 def test_every_logical_axis_of_the_model_has_a_rule() -> None:
     parts = ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm", "contrastive", "matching")
-    definition = define_model(model_config("tiny", num_classes=10), (*parts, "classifier"))
-    leaves = jax.tree.leaves(definition.axes, is_leaf=lambda x: isinstance(x, tuple))
+    model_def = define_model(model_config("tiny", num_classes=10), (*parts, "classifier"))
+    leaves = jax.tree.leaves(model_def.axes, is_leaf=lambda x: isinstance(x, tuple))
     names = {name for axes in leaves for name in axes if name is not None}
     assert names <= set(PARAMETER_RULES)
 

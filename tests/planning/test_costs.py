@@ -61,7 +61,7 @@ def loss_and_arguments(config: RunConfig):
     def loss(params, batches):
         return streams_loss(spec, params, None, {}, batches, jax.random.key(0), jnp.zeros(()))[0]
 
-    arguments = (spec.definition.shapes, batches)
+    arguments = (spec.model_def.shapes, batches)
     return loss, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
 
 

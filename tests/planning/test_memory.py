@@ -13,7 +13,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.memory import Memory, per_device_bytes, program_memory, state_memory
 from mplug2_jax.planning.programs import CompiledProgram, abstract_batch, make_run_spec_for_topology, trace_training
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.optim.optimizer import is_orthogonalized
 from tests.runs import small_run, text_run
@@ -32,7 +32,7 @@ def memory_of(config: RunConfig) -> tuple[dict[str, float], float, float]:
 
 def test_parameters_are_four_bytes_and_adam_twice_that() -> None:
     uses, host, num_local = memory_of(small_run(mesh=MESH))
-    num_params = make_run_spec_for_topology(small_run(), TOPOLOGY).definition.num_params()
+    num_params = make_run_spec_for_topology(small_run(), TOPOLOGY).model_def.num_params()
     assert num_params / 4 <= num_local < num_params / 2  # over fsdp and tensor, except for small ones
     assert uses["parameters"] == 4 * num_local
     assert uses["optimizer"] == pytest.approx(8 * num_local, abs=64)  # and its counters
@@ -76,7 +76,7 @@ def test_teachers_and_queues_are_separate_uses() -> None:
     tasks = dataclasses.replace(
         small_run().tasks, vlc=VlcConfig(queue_size=16), distillation=DistillationConfig(momentum=0.9)
     )  # fmt: skip
-    assert isinstance(tasks, TaskSettings)
+    assert isinstance(tasks, TasksConfig)
     uses, _, num_local = memory_of(small_run(mesh=MESH, tasks=tasks, param_dtype="bfloat16"))
     num_local *= 2  # of two bytes each
     assert (uses["parameters"], uses["teacher"]) == (2 * num_local, 4 * num_local)

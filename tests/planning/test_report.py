@@ -50,7 +50,7 @@ def test_a_report_of_a_compiled_program_is_complete(compiled: CompiledProgram) -
     json.dumps(report.to_json(), allow_nan=False)
     assert (report.name, report.program, report.topology, report.chips) == ("small", "train", "cpu:8", 8)
     assert report.mesh == "data=2, fsdp=2, tensor=2"
-    assert report.parameters == compiled.program.spec.definition.num_params()
+    assert report.parameters == compiled.program.spec.model_def.num_params()
     assert report.simulated
     assert report.steps == config.steps
     assert {row.axes for row in report.traffic} >= {"fsdp"}

@@ -36,7 +36,7 @@ def test_scopes_are_the_models(op_name, scope):
 
 def test_every_matmul_of_the_model_is_in_a_scope():
     config = model_config("tiny")
-    definition = define_model(config, ("vision", "temporal", "universal", "decoder"))
+    model_def = define_model(config, ("vision", "temporal", "universal", "decoder"))
     batch = {
         "frames": jax.ShapeDtypeStruct((2, 2, config.image_size, config.image_size, 3), "uint8"),
         "target": jax.ShapeDtypeStruct((2, 4), "int32"),
@@ -44,7 +44,7 @@ def test_every_matmul_of_the_model_is_in_a_scope():
     }
 
     def loss(params, batch):
-        return caption_loss(ForwardPass(definition.bind(params), batch)).loss
+        return caption_loss(ForwardPass(model_def.bind(params), batch)).loss
 
-    counts = count_flops(loss, definition.shapes, batch)
+    counts = count_flops(loss, model_def.shapes, batch)
     assert set(counts) == {"vision", "universal", "decoder"}

@@ -461,7 +461,7 @@ def test_a_train_step_gathers_each_rematerialized_layer_twice():
         with jax.set_mesh(mesh):
             text = (
                 jit_train_step(spec)
-                .lower(spec.shapes, {"clips": batch}, spec.value_shapes)
+                .lower(spec.shapes, {"clips": batch}, spec.hyperparam_shapes)
                 .compile(NO_WINDOWED_EINSUM | LOW_EFFORT)
                 .as_text()
             )

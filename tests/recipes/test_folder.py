@@ -96,7 +96,7 @@ def test_a_folder_in_a_bucket_is_the_same_run(tmp_path: Path, bucket: str) -> No
     assert remote.tokenizer.source
     assert remote.tokenizer.source.path == f"{bucket}/a"
     assert find_changes(local, remote)
-    assert {change.kind for change in find_changes(local, remote)} == {"free"}
+    assert {change.kind for change in find_changes(local, remote)} == {"runtime"}
     texts = (load_or_train_tokenizer(run.tokenizer) for run in (local, remote))
     assert len({fingerprint(tokenizer) for tokenizer in texts}) == 1
 

@@ -111,10 +111,10 @@ def test_predictions_equal_those_of_the_release(folder: str, reference: Path, da
     for golden in load_goldens(reference / "goldens" / folder):
         config = make_config(golden.model, 28)
         tokens = SpecialTokens(begin=golden.settings["bos"], end=golden.settings["eos"], mask=103)
-        context = TaskContext(settings=config.tasks, tokens=tokens)
+        context = TaskContext(config=config.tasks, tokens=tokens)
         predict = TASKS[config.evaluations["test"].task].predict
         assert predict is not None
-        ids = np.asarray(predict(golden.definition.bind(golden.params), make_batch(golden), context)["ids"])
+        ids = np.asarray(predict(golden.model_def.bind(golden.params), make_batch(golden), context)["ids"])
         best = golden.outputs["beam5_ids"][:, 0]
         np.testing.assert_array_equal(ids[:, : best.shape[1]], np.maximum(best, 0))
         assert not ids[:, best.shape[1] :].any()

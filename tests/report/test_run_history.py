@@ -43,12 +43,12 @@ def test_changes_of_the_config_are_listed_with_it(run: Run) -> None:
     change = {"time": 1.0, "event": "config_changed", "step": 7, "field": "optimizer.learning_rate"}
     write(
         run.path / "events.jsonl",
-        change | {"old": 0.001, "new": 0.0005, "kind": "deciding", "forced": True},
-        change | {"field": "mesh.data", "new": 2, "kind": "neutral", "forced": False}, {"event": "config_changed"},
+        change | {"old": 0.001, "new": 0.0005, "kind": "training", "forced": True},
+        change | {"field": "mesh.data", "new": 2, "kind": "execution", "forced": False}, {"event": "config_changed"},
     )  # fmt: skip
     rate, mesh, damaged = read_run_history(run.path).changes
-    assert (rate.step, rate.old, rate.new, rate.kind) == (7, "0.001", "0.0005", "deciding, forced")
-    assert (mesh.old, mesh.kind, damaged.step) == ("absent", "neutral", 0)
+    assert (rate.step, rate.old, rate.new, rate.kind) == (7, "0.001", "0.0005", "training, forced")
+    assert (mesh.old, mesh.kind, damaged.step) == ("absent", "execution", 0)
     assert "optimizer.learning_rate</td>" in write_report(run.path).read_text()
 
 

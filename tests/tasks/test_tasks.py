@@ -19,9 +19,9 @@ from mplug2_jax.objectives.config import MlmConfig, VlmConfig
 from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.tasks import answer, caption, classify, mlm, vlc
 from mplug2_jax.tasks.base import EvalOutput, Prompts, TaskContext
-from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.tasks.contracts import CONTRACTS, SIMILARITY_LEVELS, required_parts
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.tasks.glue import TASKS as GLUE
+from mplug2_jax.tasks.specs import SIMILARITY_LEVELS, TASK_SPECS, required_parts
 from mplug2_jax.tasks.table import TASKS
 
 BATCH, LENGTH, VOCABULARY = 4, 5, 16
@@ -30,13 +30,13 @@ CONFIG = model_config(
     image_size=8, text_layers=1, universal_layers=1, fusion_layers=1, decoder_layers=1, num_latents=2,
     vocab_size=VOCABULARY, max_positions=8, contrastive_width=8,
 )  # fmt: skip
-SETTINGS = TaskSettings(
+SETTINGS = TasksConfig(
     mlm=MlmConfig(mask_rate=0.5),
     vlm=VlmConfig(group_size=BATCH),
     search=SearchConfig(num_beams=2, min_length=1, max_length=4),
 )
 PROMPTS = Prompts(np.arange(4, 12, dtype=np.int32).reshape(2, 2, 2), num_classes=2, num_templates=2)
-CONTEXT = TaskContext(settings=SETTINGS, tokens=SpecialTokens(begin=1, end=2, mask=3), prompts=PROMPTS)
+CONTEXT = TaskContext(config=SETTINGS, tokens=SpecialTokens(begin=1, end=2, mask=3), prompts=PROMPTS)
 CLASSES = {"classify": 6, "mnli": 3, "stsb": len(SIMILARITY_LEVELS)}  # of other tasks: 2
 HEADS = [name for name, task in TASKS.items() if "classifier" in task.parts]
 WORDS = ["", "", "", "", *"abcdefghijkl"]
@@ -100,8 +100,8 @@ def test_a_task_is_listed_under_its_name_with_parts_that_exist(name):
     assert task.name == name
     assert {*task.parts, *task.vision_parts, *task.text_parts} <= set(PARTS)
     assert (task.predict is None) == (task.score is None)
-    contract = CONTRACTS[name]
-    assert {field.name: getattr(task, field.name) for field in dataclasses.fields(contract)} == vars(contract)
+    spec = TASK_SPECS[name]
+    assert {field.name: getattr(task, field.name) for field in dataclasses.fields(spec)} == vars(spec)
     assert (task.trainable, task.evaluable) == (task.loss is not None, task.predict is not None)
     assert (task.score_pairs is None) == (task.rerank is None)
 
@@ -119,8 +119,8 @@ def test_batches_without_a_key_are_an_error_that_names_missing_and_available_key
         assert f"its batches have {', '.join(sorted(available))}; set the missing ones" in sentence
 
 
-def test_every_contract_is_of_a_task():
-    assert list(CONTRACTS) == list(TASKS)
+def test_every_spec_is_of_a_task():
+    assert list(TASK_SPECS) == list(TASKS)
 
 
 USES = [*[(name, 1) for name in TASKS], ("ilm", 0), ("caption", 3), ("summarize", 0), ("classify", 3)]
@@ -132,23 +132,23 @@ def test_parts_for_a_task_are_those_that_its_loss_reads_and_its_prediction_needs
     parts, has_frames = required_parts_of(name, frames)
     read = {*task.keys, *(["frames"] if has_frames else [])}
     batch = {key: value for key, value in make_batch(frames).items() if key in read}
-    definition = define_model(config_of(name), parts)
+    model_def = define_model(config_of(name), parts)
 
     def used(params, batch):
-        model = definition.bind(params)
+        model = model_def.bind(params)
         if task.loss is None:
             return predict(task, model, batch)
         return task.loss(ForwardPass(model, batch, jax.random.key(0)), CONTEXT).loss
 
-    traced = jax.make_jaxpr(used)(definition.shapes, batch).jaxpr
+    traced = jax.make_jaxpr(used)(model_def.shapes, batch).jaxpr
     read = {id(variable) for eqn in traced.eqns for variable in eqn.invars}
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(definition.shapes)]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(model_def.shapes)]
     reached = {path[0].key for path, variable in zip(paths, traced.invars, strict=False) if id(variable) in read}
-    assert reached == set(definition.shapes)
+    assert reached == set(model_def.shapes)
     assert ("temporal" in parts) == (frames > 1)
     if task.predict:
-        predict_batch = lambda params, batch: predict(task, definition.bind(params), batch)  # noqa: E731
-        predicted = jax.eval_shape(predict_batch, definition.shapes, batch)
+        predict_batch = lambda params, batch: predict(task, model_def.bind(params), batch)  # noqa: E731
+        predicted = jax.eval_shape(predict_batch, model_def.shapes, batch)
         assert all(value.shape[0] == BATCH for value in predicted.values())
 
 
@@ -166,13 +166,13 @@ def test_parts_for_several_uses_are_their_union_in_the_order_of_the_table():
 def predictions():
     """Compute the predictions and losses of all tasks with an untrained model that has every part."""
     parts = tuple(part for part in PARTS if part not in ("classifier", "temporal"))
-    definition = define_model(CONFIG, parts)
-    params = random_params(definition)
+    model_def = define_model(CONFIG, parts)
+    params = random_params(model_def)
     params["contrastive"]["temperature"] = jnp.asarray(0.07)
     generating = {name: task for name, task in TASKS.items() if name not in HEADS}
 
     def run(params, batch):
-        model = definition.bind(params)
+        model = model_def.bind(params)
         forward = ForwardPass(model, batch)
         predicted = {
             # The instruction-based task predicts as question answering does.
@@ -188,16 +188,16 @@ def predictions():
             predicted[name] = predicted["answer"]
     for name in HEADS:
         task, (parts, has_frames) = TASKS[name], required_parts_of(name)
-        definition = define_model(config_of(name), parts)
-        bound, batch = definition.bind(random_params(definition)), jax.device_put(make_batch(int(has_frames)))
+        model_def = define_model(config_of(name), parts)
+        bound, batch = model_def.bind(random_params(model_def)), jax.device_put(make_batch(int(has_frames)))
         predicted[name] = jax.device_get(task.predict(bound, batch, CONTEXT))
         losses[name] = jax.device_get(task.loss(ForwardPass(bound, batch), CONTEXT))
     return predicted, losses
 
 
-def random_params(definition):
+def random_params(model_def):
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), definition.shapes)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), model_def.shapes)
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].loss])
@@ -368,4 +368,4 @@ def test_captions_are_compared_with_all_references_and_the_baseline_is_another_c
 
 def test_settings_are_frozen_and_have_a_default_for_everything():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TaskSettings().mlm = MlmConfig(mask_rate=0.5)
+        TasksConfig().mlm = MlmConfig(mask_rate=0.5)

@@ -19,7 +19,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks import zero_shot
 from mplug2_jax.tasks.base import TaskContext
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 from mplug2_jax.training.workdir import load_or_train_tokenizer, special_tokens
 from tests.close import assert_close
@@ -37,43 +37,43 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def definition():
+def model_def():
     return define_model(small_model(), PARTS)
 
 
 @pytest.fixture(scope="module")
-def params(definition):
+def params(model_def):
     """Return initial parameters with a vision tower three times as large, or all images would have one class."""
-    params = definition.init(jax.random.key(0))
+    params = model_def.init(jax.random.key(0))
     return params | {"vision": jax.tree.map(lambda x: 3 * x, params["vision"])}
 
 
-def evaluation(definition, tokenizer, *, batch_size=8, mesh=None, names=(), prompts=TEMPLATES, task="zero_shot"):
+def evaluation(model_def, tokenizer, *, batch_size=8, mesh=None, names=(), prompts=TEMPLATES, task="zero_shot"):
     data = DataConfig(
         sources={"digits": SourceConfig(kind="image", split="heldout", max_records=20)}, visual=SMALL,
         batch_size=batch_size,
         examples=ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=DIGITS),
     )  # fmt: skip
     config = EvaluationConfig(task=task, data=data, prompts=prompts, class_names=names)
-    context = TaskContext(settings=TaskSettings(), tokens=special_tokens(tokenizer))
+    context = TaskContext(config=TasksConfig(), tokens=special_tokens(tokenizer))
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Evaluation("digits", config, definition, context, tokenizer, mesh or one, seed=0)
+    return Evaluation("digits", config, model_def, context, tokenizer, mesh or one, seed=0)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 64])
-def test_a_class_is_the_mean_direction_of_its_prompts(definition, params, tokenizer, rows):
+def test_a_class_is_the_mean_direction_of_its_prompts(model_def, params, tokenizer, rows):
     prompts = encode_prompts("here", TEMPLATES, NAMES, tokenizer, 12, rows)
     assert prompts.ids.shape[1] == rows
-    context = TaskContext(settings=TaskSettings(), tokens=special_tokens(tokenizer), prompts=prompts)
+    context = TaskContext(config=TasksConfig(), tokens=special_tokens(tokenizer), prompts=prompts)
     unpooled = dataclasses.replace(context, prompts=prompts._replace(pooling="probabilities"))
 
     @jax.jit
     def precompute(params):
-        return [zero_shot.precompute(definition.bind(params), each) for each in (context, unpooled)]
+        return [zero_shot.precompute(model_def.bind(params), each) for each in (context, unpooled)]
 
     @jax.jit
     def text_features(params, ids):
-        model = definition.bind(params)
+        model = model_def.bind(params)
         return model.contrastive.text_features(model.encode_text(ids, jnp.ones(ids.shape, bool)))
 
     output, each = (classes["class_features"] for classes in precompute(params))
@@ -88,19 +88,19 @@ def test_a_class_is_the_mean_direction_of_its_prompts(definition, params, tokeni
         assert_close(each[i], jnp.stack(vectors))
 
 
-def test_class_probability_is_the_sum_over_its_prompts(definition, params):
+def test_class_probability_is_the_sum_over_its_prompts(model_def, params):
     frames = np.random.default_rng(1).integers(0, 256, (3, 1, 16, 16, 3)).astype(np.uint8)
     batch = {"frames": jnp.asarray(frames), "class_features": jnp.eye(6, 16).reshape(3, 2, 16)}
-    model = definition.bind(params)
+    model = model_def.bind(params)
     visual = model.contrastive.visual_features(ForwardPass(model, batch).visual)
-    context = TaskContext(settings=TaskSettings(), tokens=special_tokens(load_or_train_tokenizer(TokenizerConfig())))
+    context = TaskContext(config=TasksConfig(), tokens=special_tokens(load_or_train_tokenizer(TokenizerConfig())))
     output = zero_shot.predict(model, batch, context)["probabilities"]
     assert_close(output, jax.nn.softmax(visual[:, :6] / 0.07).reshape(3, 3, 2).sum(-1))
 
 
-def test_neither_the_batch_size_nor_the_mesh_changes_the_classes(definition, params, tokenizer):
-    whole = evaluation(definition, tokenizer).run(params, 1)
-    split = evaluation(definition, tokenizer, batch_size=16, mesh=make_mesh(MeshConfig(data=2, fsdp=4))).run(params, 1)
+def test_neither_the_batch_size_nor_the_mesh_changes_the_classes(model_def, params, tokenizer):
+    whole = evaluation(model_def, tokenizer).run(params, 1)
+    split = evaluation(model_def, tokenizer, batch_size=16, mesh=make_mesh(MeshConfig(data=2, fsdp=4))).run(params, 1)
     for ours, theirs in zip(split.predictions, whole.predictions, strict=True):
         assert ours | {"score": 0} == theirs | {"score": 0}
         assert_close(ours["score"], theirs["score"], 1.5e-4, scale=1)  # rounded to four digits
@@ -109,10 +109,10 @@ def test_neither_the_batch_size_nor_the_mesh_changes_the_classes(definition, par
     assert len({row["prediction"] for row in whole.predictions}) > 1  # not one class for all
 
 
-def test_class_names_replace_labels(definition, params, tokenizer):
+def test_class_names_replace_labels(model_def, params, tokenizer):
     """Metrics count labels; with reversed names, predictions are reversed too."""
-    straight = evaluation(definition, tokenizer).run(params, 1)
-    reversed_names = evaluation(definition, tokenizer, names=DIGITS[::-1]).run(params, 1)
+    straight = evaluation(model_def, tokenizer).run(params, 1)
+    reversed_names = evaluation(model_def, tokenizer, names=DIGITS[::-1]).run(params, 1)
     opposite = {str(a): b for a, b in zip(DIGITS, DIGITS[::-1], strict=True)}
     for a, b in zip(straight.predictions, reversed_names.predictions, strict=True):
         if "class" not in a["prediction"] + b["prediction"]:  # a class without examples has only a number

@@ -1,4 +1,4 @@
-"""Config changes at a resume: free, neutral and deciding fields, --force-change, and the config of earlier steps."""
+"""Config changes at a resume: the kinds of fields, --force-change, and the config of earlier steps."""
 
 import dataclasses
 from pathlib import Path
@@ -55,10 +55,11 @@ def workdir(tmp_path: Path) -> WorkDir:
 def test_every_field_has_the_kind_written_beside_it() -> None:
     kinds = {field.path: field.kind for field in iter_fields(small_run())}
     for kind, names in {
-        "free": "log_every checkpoint.keep_last faults.max_consecutive_skips streams.text.data.num_workers "
+        "runtime": "log_every checkpoint.keep_last faults.max_consecutive_skips streams.text.data.num_workers "
         "streams.text.data.sources.digits.path evaluations.questions.data.batch_size compilation_cache",
-        "neutral": "mesh.fsdp model.remat.text model.attention fsdp_gather optimizer.offload_moments grad_accum_steps",
-        "deciding": "steps seed model.width model.dtype optimizer.learning_rate streams.text.objectives.mlm "
+        "execution": "mesh.fsdp model.remat.text model.attention fsdp_gather grad_accum_steps "
+        "optimizer.offload_moments",
+        "training": "steps seed model.width model.dtype optimizer.learning_rate streams.text.objectives.mlm "
         "streams.text.data.batch_size streams.text.data.sources.digits.weight schedule.kind",
     }.items():
         assert {name: kinds[name] for name in names.split()} == dict.fromkeys(names.split(), kind)
@@ -67,7 +68,7 @@ def test_every_field_has_the_kind_written_beside_it() -> None:
 def test_micro_batches_decide_where_a_loss_compares_their_examples_or_the_schedule_counts_them() -> None:
     released = text_run(schedule=ScheduleConfig(kind="released"))
     pairs = dataclasses.replace(small_run().streams["image_text"], objectives={"vlc": 1.0})
-    for base, kind in ((BASE, "neutral"), (small_run(streams={"pairs": pairs}), "deciding"), (released, "deciding")):
+    for base, kind in ((BASE, "execution"), (small_run(streams={"pairs": pairs}), "training"), (released, "training")):
         (change,) = find_changes(base, dataclasses.replace(base, grad_accum_steps=2))
         assert change.kind == kind
 

@@ -17,9 +17,9 @@ from mplug2_jax.config import as_recipe, override, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.fields import STEPS, iter_fields
 from mplug2_jax.objectives.config import DistillationConfig
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import StreamConfig
-from mplug2_jax.training.durations import Durations, build_run
+from mplug2_jax.training.durations import Durations, build_run_config
 from tests.cli.conftest import mplug2
 from tests.runs import small_run, text_run
 
@@ -148,17 +148,19 @@ def test_any_text_is_a_duration_or_an_error_that_names_the_field(text: str) -> N
 
 
 def recipe(*overrides: str) -> ConfigDict:
-    run = small_run(steps=200, tasks=TaskSettings(distillation=DistillationConfig()))
+    run = small_run(steps=200, tasks=TasksConfig(distillation=DistillationConfig()))
     return override(as_recipe(run), [f"--config.{text}" for text in overrides])
 
 
 def test_every_field_of_steps_takes_a_duration(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("absl").setLevel(logging.INFO)
-    fields = [field.path for field in iter_fields(build_run(recipe())) if field.type == STEPS and field.path != "steps"]
+    fields = [
+        field.path for field in iter_fields(build_run_config(recipe())) if field.type == STEPS and field.path != "steps"
+    ]
     assert {"eval_every", "tasks.distillation.ramp_steps", "checkpoint.keep_every_steps"} < set(fields)
     fields.remove("schedule.decay_steps")  # not read by this kind
     overrides = ["steps=3000 examples", *(f"{path}=10%" for path in fields), 'profile.start_steps=("20%",7)']
-    run = build_run(recipe(*overrides))
+    run = build_run_config(recipe(*overrides))
     values = {field.path: field.value for field in iter_fields(run)}
     assert run.steps == 125
     assert {path: values[path] for path in fields} == dict.fromkeys(fields, 13)
@@ -172,26 +174,28 @@ def test_stages_of_a_stream_take_durations() -> None:
     ramp = [{"last_step": "80 examples", "batch_size": 8}, {"last_step": "0.1k examples", "batch_size": 16}]
     stages = [{"start_step": "200 examples of text", "weights": {}}, {"start_step": "50%", "weights": {}}]
     data = "streams.text.data"
-    run = build_run(recipe(f"{data}.batch_ramp={ramp}", f"{data}.mixture_stages={stages}", f"{data}.batch_size=32"))
+    run = build_run_config(
+        recipe(f"{data}.batch_ramp={ramp}", f"{data}.mixture_stages={stages}", f"{data}.batch_size=32")
+    )
     text = run.streams["text"].data
     assert [stage.last_step for stage in text.batch_ramp] == [10, 12]  # 80 examples in 10 steps, 112 in 12
     assert [stage.start_step for stage in text.mixture_stages] == [15, 100]  # 208 examples in 15 steps
 
-    of_steps = build_run(recipe(f"{data}.batch_ramp=[{{'last_step':'10%','batch_size':8}}]", "steps=30 steps"))
+    of_steps = build_run_config(recipe(f"{data}.batch_ramp=[{{'last_step':'10%','batch_size':8}}]", "steps=30 steps"))
     assert of_steps.streams["text"].data.batch_ramp[0].last_step == 3
     with pytest.raises(UserError, match=r"percentages are of config\.steps='3k examples', which depends"):
-        build_run(recipe(f"{data}.batch_ramp=[{{'last_step':'10%','batch_size':8}}]", "steps=3k examples"))
+        build_run_config(recipe(f"{data}.batch_ramp=[{{'last_step':'10%','batch_size':8}}]", "steps=3k examples"))
 
 
 def test_the_last_override_wins_whichever_way_it_is_written() -> None:
-    assert build_run(recipe("log_every=5%", "log_every=7")).log_every == 7
-    assert build_run(recipe("log_every=7", "log_every=5%")).log_every == 10
+    assert build_run_config(recipe("log_every=5%", "log_every=7")).log_every == 7
+    assert build_run_config(recipe("log_every=7", "log_every=5%")).log_every == 10
 
 
 def test_durations_are_read_by_the_old_names_of_fields() -> None:
     old = ConfigDict(to_dict(small_run(steps=200)) | {"evaluate_every": "5%"}, type_safe=False)
     del old["eval_every"]
-    assert build_run(old).eval_every == 10
+    assert build_run_config(old).eval_every == 10
 
 
 @pytest.mark.parametrize(
@@ -217,7 +221,7 @@ def test_durations_are_read_by_the_old_names_of_fields() -> None:
 )
 def test_a_run_with_an_invalid_duration_is_refused(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        build_run(recipe(override))
+        build_run_config(recipe(override))
     assert message in str(caught.value)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mplug2_jax.cli.common import open_run
+from mplug2_jax.cli.common import restore_run
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.config import MeshConfig
@@ -20,7 +20,7 @@ from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
-from mplug2_jax.training.step import make_step
+from mplug2_jax.training.step import make_train_step
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close, assert_equal
 from tests.runs import text_run
@@ -42,7 +42,7 @@ def shift(tree: Any) -> Any:
 def test_the_ema_follows_every_update_of_trained_parameters(overrides: dict[str, Any]) -> None:
     config = mlm_run(ema_decay=0.75, **overrides)
     spec = make_spec(config)
-    state, step = spec.init(), make_step(spec)
+    state, step = spec.init(), make_train_step(spec)
     expected = {part: jax.tree.map(lambda x: np.asarray(x, np.float32), state["params"][part]) for part in state["ema"]}
     batches = device_batches(open_streams(config, WorkDir(Path("nowhere")).load_tokenizer(config)), spec.mesh, 0)
     for _ in range(3):
@@ -78,7 +78,7 @@ def test_commands_read_the_ema_or_on_request_the_last_parameters(
 
     def open_params(*overrides: str) -> Any:
         args = argparse.Namespace(workdir=tmp_path, step=None, overrides=list(overrides))
-        return open_run(args)[1]
+        return restore_run(args)[1]
 
     caplog.set_level(logging.INFO, logger="absl")
     message = "step 3: using the EMA parameters; --config.ema_decay=0 selects the last ones"

@@ -15,7 +15,7 @@ from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
 from mplug2_jax.training.config import CheckpointConfig, TokenizerConfig
@@ -39,7 +39,7 @@ def make_spec(**overrides: Any) -> RunSpec:
 
 
 def save_checkpoint(folder: Path, spec: RunSpec, state: dict[str, Any]) -> Path:
-    identity = ModelMetadata(spec.config.model, spec.definition.parts)
+    identity = ModelMetadata(spec.config.model, spec.model_def.parts)
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=identity)
     checkpoints.save(state, DataPosition(3, {}))
     checkpoints.close()
@@ -53,7 +53,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: [record.getMessage() for record in caplog.records if record.filename == "initialization.py"]
 
 
-TAUGHT = TaskSettings(distillation=DistillationConfig())
+TAUGHT = TasksConfig(distillation=DistillationConfig())
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_an_image_model_gets_fresh_temporal_units(tmp_path: Path
     folder = save_checkpoint(tmp_path, image_spec, expected)
     spec = make_spec(clips=True, init_from=str(folder), init_parts=("vision", "temporal"))
     state = init_or_load_state(spec)
-    temporal, others = partition(state["params"], set(spec.definition.parts) - {"temporal"})
+    temporal, others = partition(state["params"], set(spec.model_def.parts) - {"temporal"})
     assert_equal(others["vision"], expected["params"]["vision"] | {"blocks": others["vision"]["blocks"]})
     assert_equal(others["vision"]["blocks"], expected["params"]["vision"]["blocks"])
     assert_equal(temporal["vision"], partition(spec.init()["params"], {"vision"})[0]["vision"])

@@ -21,13 +21,13 @@ from mplug2_jax.launch.local import find_free_port
 from mplug2_jax.model.config import RematConfig
 from mplug2_jax.objectives.config import VlmConfig
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training import loop
 from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig, StreamConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.lock import WorkDirLock
 from mplug2_jax.training.reliability.watchdog import PhaseKind, Watchdog
-from mplug2_jax.training.step import Step, make_step
+from mplug2_jax.training.step import TrainStep, make_train_step
 from mplug2_jax.training.telemetry.events import read_events
 from mplug2_jax.training.telemetry.goodput import read_goodput
 from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train_metrics
@@ -128,8 +128,8 @@ def test_a_ramp_of_the_batch_size_compiles_each_stage_and_resumes_inside_it(
         batch_size=16, batch_ramp=(BatchStage(last_step=3, batch_size=8),), steps=5, log_example_ids=True,
         schedule=ScheduleConfig(kind="constant", warmup_steps=1),
     )  # fmt: skip
-    shared: dict[str, Step] = {}  # so that the programs are compiled once for all runs
-    monkeypatch.setattr(loop, "make_step", lambda spec: shared.setdefault("step", make_step(spec)))
+    shared: dict[str, TrainStep] = {}  # so that the programs are compiled once for all runs
+    monkeypatch.setattr(loop, "make_train_step", lambda spec: shared.setdefault("step", make_train_step(spec)))
     through, resumed = (WorkDir(tmp_path / name) for name in ("through", "resumed"))
     train(config, through.path)
     compiled = [line for line in read_events(through.events) if line["event"] == "compiled"]
@@ -163,7 +163,7 @@ def test_every_size_of_a_ramp_must_divide() -> None:
     with pytest.raises(
         UserError, match=r"image_text: 6 examples per micro-batch are not a multiple of config\.tasks\.vlm"
     ):
-        small_run(streams=streams, tasks=TaskSettings(vlm=VlmConfig(group_size=4)))
+        small_run(streams=streams, tasks=TasksConfig(vlm=VlmConfig(group_size=4)))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:

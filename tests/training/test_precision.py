@@ -14,12 +14,12 @@ from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.loop import data_position, device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, make_run_spec
-from mplug2_jax.training.step import jit_train_step, make_step
+from mplug2_jax.training.step import jit_train_step, make_train_step
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import assert_close
 from tests.runs import text_run
@@ -38,7 +38,7 @@ def make_spec(config: RunConfig, tokenizer: Tokenizer) -> RunSpec:
 
 def run(config: RunConfig, tokenizer: Tokenizer) -> tuple[Any, list[float]]:
     spec = make_spec(config, tokenizer)
-    state, step, losses = spec.init(), make_step(spec), []
+    state, step, losses = spec.init(), make_train_step(spec), []
     batches = device_batches(open_streams(config, tokenizer), spec.mesh, 0)
     for _ in range(STEPS):
         state, metrics = step(state, next(batches)[0])
@@ -67,8 +67,8 @@ def test_every_matmul_of_a_step_and_of_its_evaluation_has_the_config_s_precision
     spec = make_spec(config, tokenizer)
     batch = abstract_batch(config.streams["text"].data, spec)
     with jax.set_mesh(spec.mesh):
-        step = jit_train_step(spec).lower(spec.shapes, {"text": batch}, spec.value_shapes)
-        predict = jit_predict("mlm", spec.definition, spec.context, spec.mesh)
+        step = jit_train_step(spec).lower(spec.shapes, {"text": batch}, spec.hyperparam_shapes)
+        predict = jit_predict("mlm", spec.model_def, spec.context, spec.mesh)
         masked = abstract_batch(config.streams["text"].data, spec, mask=True)
         predictions = predict.lower(spec.eval_param_shapes, masked)
     for program in (step, predictions):
@@ -110,7 +110,7 @@ def test_moments_on_the_host_change_nothing(plain, kind: str, tokenizer: Tokeniz
 
 
 def test_the_teacher_of_16_bit_parameters_has_32_bits(tokenizer: Tokenizer) -> None:
-    settings = TaskSettings(distillation=DistillationConfig())
+    settings = TasksConfig(distillation=DistillationConfig())
     spec = make_spec(dataclasses.replace(masked_words("bfloat16"), tasks=settings), tokenizer)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(spec.shapes["params"])} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(spec.shapes["teacher"])} == {"float32"}

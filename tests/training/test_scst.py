@@ -20,12 +20,12 @@ from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.objectives.scst import scst_loss
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import device_batches, open_streams, train
 from mplug2_jax.training.state import make_run_spec
-from mplug2_jax.training.step import make_step
+from mplug2_jax.training.step import make_train_step
 from mplug2_jax.training.telemetry.flops import count_flops
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
@@ -43,7 +43,7 @@ def scst_run(**overrides: Any) -> RunConfig:
     """Return a run on DigitWorld's images. A large eps keeps updates by rounding noise in gradients negligible."""
     fields = {
         "streams": {"pictures": stream("image", 8, DESCRIBE, scst=1.0)},
-        "tasks": TaskSettings(scst=ScstConfig(num_samples=2, num_documents=100)),
+        "tasks": TasksConfig(scst=ScstConfig(num_samples=2, num_documents=100)),
         "optimizer": OptimizerConfig(learning_rate=1e-2, eps=1e-2),
         "evaluations": {},
     }
@@ -53,7 +53,7 @@ def scst_run(**overrides: Any) -> RunConfig:
 def train_history(config: RunConfig, tokenizer: Tokenizer, devices: int) -> list[dict[str, float]]:
     mesh = make_mesh(config.mesh if devices > 1 else MeshConfig(data=1), jax.devices()[:devices])
     spec, streams = make_run_spec(config, special_tokens(tokenizer), mesh), open_streams(config, tokenizer)
-    state, step = init_or_load_state(spec, streams), make_step(spec)
+    state, step = init_or_load_state(spec, streams), make_train_step(spec)
     batches, history = device_batches(streams, mesh, 0), []
     for _ in range(2):
         state, metrics = step(state, next(batches)[0])
@@ -127,14 +127,14 @@ def test_flops_count_sampling_once_and_for_the_longest_caption() -> None:
     search = SearchConfig(num_beams=2, min_length=0, max_length=LENGTH - 1, top_p=1.0)
 
     def sample(params: Any, memory: Any, mask: Any, ids: Any) -> Any:
-        decoder = spec.definition.bind(params).decoder
+        decoder = spec.model_def.bind(params).decoder
         return generate(decoder, memory, mask, search, SpecialTokens(), ids)
 
     def loss(params: Any, batch: Any, ids: Any, lengths: Any) -> Any:
-        return scst_loss(ForwardPass(spec.definition.bind(params), batch), ids, lengths, SpecialTokens()).loss
+        return scst_loss(ForwardPass(spec.model_def.bind(params), batch), ids, lengths, SpecialTokens()).loss
 
-    shapes = spec.definition.shapes
-    memory = jax.eval_shape(lambda p, b: ForwardPass(spec.definition.bind(p), b).caption_memory, shapes, batch)
+    shapes = spec.model_def.shapes
+    memory = jax.eval_shape(lambda p, b: ForwardPass(spec.model_def.bind(p), b).caption_memory, shapes, batch)
     sampled = jax.eval_shape(sample, shapes, *memory, batch["example_id"])
     sampling_flops = count_flops(sample, shapes, *memory, batch["example_id"], trip_count=LENGTH - 1)
     loss_flops = count_flops(jax.value_and_grad(loss), shapes, batch, sampled.ids, sampled.lengths)

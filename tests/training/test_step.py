@@ -16,13 +16,13 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.config import DistillationConfig, VlcConfig, VlmConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 from mplug2_jax.training.loop import data_position, device_batches, open_streams
 from mplug2_jax.training.optim.schedule import make_schedule
 from mplug2_jax.training.state import RunSpec, make_run_spec
-from mplug2_jax.training.step import jit_train_step, make_step
+from mplug2_jax.training.step import jit_train_step, make_train_step
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import CHAIN, assert_close, assert_equal
 from tests.runs import QUESTION, small_model, small_run, stream, text_run
@@ -38,7 +38,7 @@ def make_spec(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig) -> RunS
 
 def run(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig, steps: int) -> tuple[Any, list[dict[str, float]]]:
     spec = make_spec(config, tokenizer, mesh)
-    state, step = spec.init(), make_step(spec)
+    state, step = spec.init(), make_train_step(spec)
     batches, history = device_batches(open_streams(config, tokenizer), spec.mesh, 0), []
     for _ in range(steps):
         state, metrics = step(state, next(batches)[0])
@@ -131,7 +131,7 @@ def test_muon_gives_the_losses_of_one_device_on_eight_and_continues_from_a_check
     assert moment.sharding == kernel.sharding
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
-    streams, step = open_streams(config, tokenizer), make_step(spec)
+    streams, step = open_streams(config, tokenizer), make_train_step(spec)
     batches, state = device_batches(streams, spec.mesh, 0), spec.init()
     for _ in range(2):
         state, _ = step(state, next(batches)[0])
@@ -167,7 +167,7 @@ def test_runs_with_other_seeds_and_learning_rates_share_a_program(kind: Any, tok
         config = text_run(seed=seed, optimizer=optimizer, schedule=schedule, steps=300)
         spec = make_spec(config, tokenizer, MeshConfig())
         batches = next(device_batches(open_streams(config, tokenizer), spec.mesh, 0))[0]
-        programs.append(jit_train_step(spec).lower(spec.shapes, batches, spec.value_shapes).as_text())
+        programs.append(jit_train_step(spec).lower(spec.shapes, batches, spec.hyperparam_shapes).as_text())
         for group, peak in (("rest", rate), ("vision", rate / 2)):
             expected = make_schedule(schedule, peak, 300)
             for step in map(jnp.int32, (0, 2, 30, 299)):
@@ -181,15 +181,15 @@ def test_the_program_of_shapes_is_the_program_of_a_run(tokenizer: Tokenizer) -> 
     spec = make_spec(config, tokenizer, EIGHT)
     batches = next(device_batches(open_streams(config, tokenizer), spec.mesh, 0))[0]
     with jax.set_mesh(spec.mesh):
-        planned = jit_train_step(spec).lower(spec.shapes, batches, spec.value_shapes).as_text()
-        assert make_step(spec).trace(spec.init(), batches).lower().as_text() == planned
-        assert jit_train_step(spec).lower(spec.shapes, batches, spec.values).as_text() != planned
+        planned = jit_train_step(spec).lower(spec.shapes, batches, spec.hyperparam_shapes).as_text()
+        assert make_train_step(spec).trace(spec.init(), batches).lower().as_text() == planned
+        assert jit_train_step(spec).lower(spec.shapes, batches, spec.hyperparams).as_text() != planned
 
 
 def test_the_step_compiles_once_and_donates_the_state(tokenizer: Tokenizer) -> None:
     config = answer_run()
     spec = make_spec(config, tokenizer, ONE)
-    state, step = spec.init(), make_step(spec)
+    state, step = spec.init(), make_train_step(spec)
     batches = device_batches(open_streams(config, tokenizer), spec.mesh, 0)
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -217,7 +217,7 @@ def test_the_teacher_follows_and_its_queue_fills(tokenizer: Tokenizer) -> None:
     config = small_run(
         streams={"image_text": dataclasses.replace(images, objectives={"vlc": 1.0, "answer": 1.0})},
         evaluations={},
-        tasks=TaskSettings(
+        tasks=TasksConfig(
             vlc=VlcConfig(queue_size=16),
             distillation=DistillationConfig(momentum=0.5, average_fusion=False, ramp_steps=4),
         ),
@@ -243,14 +243,14 @@ def test_a_queue_needs_a_teacher() -> None:
     from mplug2_jax.errors import UserError
 
     with pytest.raises(UserError, match=r"queue_size=16 is filled by a teacher: set config.tasks.distillation"):
-        small_run(tasks=TaskSettings(vlc=VlcConfig(queue_size=16)))
+        small_run(tasks=TasksConfig(vlc=VlcConfig(queue_size=16)))
 
 
 @pytest.mark.parametrize("group", [3, 16])
 def test_groups_of_negatives_divide_a_micro_batch(group: int) -> None:
     message = f"image_text: 8 examples per micro-batch are not a multiple of config.tasks.vlm.group_size={group}; use"
     with pytest.raises(UserError, match=message):
-        small_run(tasks=TaskSettings(vlm=VlmConfig(group_size=group)))
+        small_run(tasks=TasksConfig(vlm=VlmConfig(group_size=group)))
 
 
 def test_the_seed_changes_initialization_and_data_order(tokenizer: Tokenizer) -> None:

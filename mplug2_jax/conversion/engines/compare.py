@@ -77,12 +77,12 @@ def _run_ours(
     params: Params, config: ModelConfig, parts: tuple[str, ...], inputs: Mapping[str, HostArray], tokens: HostArray
 ) -> dict[str, HostArray]:
     exact = dataclasses.replace(config, dtype="float32", attention="xla", matmul_precision="highest")
-    definition = define_model(exact, parts)
+    model_def = define_model(exact, parts)
 
     @jax.jit
-    @definition.with_precision
+    @model_def.with_precision
     def run(params: Params, batch: Any, ids: Any) -> Any:
-        model = definition.bind(params)
+        model = model_def.bind(params)
         memory, mask = ForwardPass(model, batch).caption_memory
         logits = model.decoder(ids.reshape(-1, ids.shape[-1]), None, memory, mask)
         return {"memory": memory, "memory_mask": mask, "logits": logits.reshape(*ids.shape, -1)}

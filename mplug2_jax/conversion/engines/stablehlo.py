@@ -57,7 +57,7 @@ def export_stablehlo(
     """
     numerics = {"dtype": dtype, "matmul_precision": "highest" if dtype == "float32" else "default"}
     config = dataclasses.replace(config, attention="xla", **numerics)  # type: ignore[arg-type]  # they are checked
-    definition = define_model(config, parts)
+    model_def = define_model(config, parts)
     weights = {name: np.asarray(value, EXPORT_DTYPES[dtype]) for name, value in flatten_dict(params, sep="/").items()}
     writer = SafetensorsWriter(folder / WEIGHTS, {n: TensorInfo(x.shape, x.dtype) for n, x in weights.items()})
     for name, value in weights.items():
@@ -65,20 +65,20 @@ def export_stablehlo(
     writer.close()
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     for name, function in (("encode", encode), ("decode_step", decode_step)):
-        exported = _export(definition, function, shapes, programs[name])
+        exported = _export(model_def, function, shapes, programs[name])
         (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
 
 
 def _export(
-    definition: ModelDef, function: Callable[[Mplug2, Arrays], Arrays], weights: Mapping[str, Any], program: Program
+    model_def: ModelDef, function: Callable[[Mplug2, Arrays], Arrays], weights: Mapping[str, Any], program: Program
 ) -> jax_export.Exported:
     @jax.jit
-    @definition.with_precision
+    @model_def.with_precision
     def run(weights: Arrays, inputs: Arrays) -> Arrays:
-        return function(definition.bind(unflatten_dict(weights, sep="/")), inputs)
+        return function(model_def.bind(unflatten_dict(weights, sep="/")), inputs)
 
     bounded = {"question", "length"} & {size for spec in program.inputs.values() for size in spec.shape}
-    scope = jax_export.SymbolicScope([f"{axis} <= {definition.config.max_positions}" for axis in sorted(bounded)])
+    scope = jax_export.SymbolicScope([f"{axis} <= {model_def.config.max_positions}" for axis in sorted(bounded)])
 
     def symbolic(size: int | str) -> Any:
         return jax_export.symbolic_shape(size, scope=scope)[0] if isinstance(size, str) else size

@@ -12,7 +12,7 @@ from data_pipelines.media import file_media
 from ...errors import UserError
 from ..torch_runtime import Caption, VideoQA, normalize_pixels
 from ..torch_runtime.config import read_json
-from ..torch_runtime.decoder import DecoderMemory, DecodeStep, Step
+from ..torch_runtime.decoder import DecodeFn, DecoderMemory, DecodeStep
 from ..torch_runtime.model import Encode
 from ..torch_runtime.search import generate, rank_answers
 from . import REMEDY, SETTINGS
@@ -68,7 +68,7 @@ class ExportedModel:
         if int8:
             quantize_int8(self.model)
         self._encode: Callable[..., DecoderMemory] = Encode(self.model)
-        self._step: Step = DecodeStep(self.model.text_decoder)
+        self._step: DecodeFn = DecodeStep(self.model.text_decoder)
         if compiled:
             self._encode, self._step = (torch.compile(module, fullgraph=True) for module in (self._encode, self._step))
 

@@ -196,7 +196,7 @@ def map_official_names(
 
 
 def load_official(
-    source: TensorSource, definition: ModelDef, fusion_start: int, *, teacher: bool = False
+    source: TensorSource, model_def: ModelDef, fusion_start: int, *, teacher: bool = False
 ) -> tuple[Params, LoadReport]:
     """Read official weights into our parameter tree, as float32 on the host, with a report of every tensor.
 
@@ -206,9 +206,9 @@ def load_official(
         UserError: tensors are unexpected, missing or misshapen; names all of them.
     """
     tree = "teacher" if teacher else "params"
-    names = map_official_names(definition.config, definition.parts, fusion_start, student=not teacher, teacher=teacher)
+    names = map_official_names(model_def.config, model_def.parts, fusion_start, student=not teacher, teacher=teacher)
     by_name, report = match_names(source.names(), names)
-    shapes = {tree: definition.shapes}
+    shapes = {tree: model_def.shapes}
     check_shapes(source, names.mappings, shapes)
     loaded: dict[Path, HostArray] = {}
     for name, mappings in by_name.items():

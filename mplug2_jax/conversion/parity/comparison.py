@@ -185,7 +185,7 @@ def name_intermediates(
         yield f"vision_block{i}", np.asarray(block).transpose(1, 0, 2)
     yield "vision_out", np.asarray(taps["vision/out"])
     yield "visn_embeds_pre", np.asarray(taps["visual/in"])
-    depth = golden.definition.config.universal_layers
+    depth = golden.model_def.config.universal_layers
     for i in range(depth):
         yield f"uni_layer{i}", np.asarray(taps[f"universal/visual{i}"])
     yield "uni_out", np.asarray(taps[f"universal/visual{depth - 1}"])
@@ -196,7 +196,7 @@ def name_intermediates(
             yield f"text_layer{i}", np.asarray(layer)
         yield "text_out", np.asarray(taps["text/out"])
         stacked: list[Any] = []
-        for j in range(golden.definition.config.fusion_layers):
+        for j in range(golden.model_def.config.fusion_layers):
             if f"fusion/layer{j}" in taps:
                 stacked.append(taps[f"fusion/layer{j}"])
             elif f"fusion/layers_from{j}" in taps:

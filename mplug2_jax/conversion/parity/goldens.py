@@ -29,7 +29,7 @@ class Golden:
     """One model of a golden folder, loaded into ours."""
 
     model: str  # caption, videoqa or retrieval
-    definition: ModelDef
+    model_def: ModelDef
     params: Params
     teacher: Params | None
     source: SafetensorsSource
@@ -43,13 +43,13 @@ class Golden:
     @functools.cached_property
     def mappings(self) -> list[TensorMapping]:
         """Map every official tensor in use to our parameter tree."""
-        return map_tensors(self.definition.config, self.definition.parts, self.fusion_start)
+        return map_tensors(self.model_def.config, self.model_def.parts, self.fusion_start)
 
     def fusion_with_stride(self, stride: int) -> tuple[ModelDef, Params]:
         """Return the model rebuilt with another fusion stride, from the same weights."""
-        config = dataclasses.replace(self.definition.config, fusion_stride=stride)
-        definition = define_model(config, self.definition.parts)
-        return definition, load_official(self.source, definition, self.fusion_start)[0]
+        config = dataclasses.replace(self.model_def.config, fusion_stride=stride)
+        model_def = define_model(config, self.model_def.parts)
+        return model_def, load_official(self.source, model_def, self.fusion_start)[0]
 
 
 def read_json(path: Path) -> Any:
@@ -109,8 +109,8 @@ def _load(folder: Path, settings: Mapping[str, Any], model: str, parts: tuple[st
     source = SafetensorsSource(folder / ("weights.safetensors" if retrieval else f"{model}_weights.safetensors"))
     config, fusion_start = sizes_from_settings(settings, source)
     config = dataclasses.replace(config, dtype="float32")
-    definition = define_model(config, parts)
-    params, report = load_official(source, definition, fusion_start)
+    model_def = define_model(config, parts)
+    params, report = load_official(source, model_def, fusion_start)
     teacher = None
     if retrieval:
         teacher_definition = define_model(config, ("vision", "text", "contrastive"))
@@ -119,10 +119,10 @@ def _load(folder: Path, settings: Mapping[str, Any], model: str, parts: tuple[st
         inputs, stats = outputs, {"grads": read_json(folder / "grads.json")}
     else:
         if model == "videoqa" and settings.get("distill"):
-            teacher = load_official(source, definition, fusion_start, teacher=True)[0]
+            teacher = load_official(source, model_def, fusion_start, teacher=True)[0]
         inputs, outputs = read_npz(folder / "inputs.npz"), read_npz(folder / f"{model}_outputs.npz")
         stats = read_json(folder / f"{model}_stats.json")
     params, teacher = jax.tree.map(jnp.asarray, (params, teacher))
     return Golden(
-        model, definition, params, teacher, source, fusion_start, settings, inputs, outputs, stats, str(report)
+        model, model_def, params, teacher, source, fusion_start, settings, inputs, outputs, stats, str(report)
     )

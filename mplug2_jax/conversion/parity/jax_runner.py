@@ -143,7 +143,7 @@ def _run_searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> NamedAr
 
         @jax.jit
         def search(params: Params, memory: jax.Array, mask: jax.Array, config: SearchConfig = config) -> Any:
-            return generate(golden.definition.bind(params).decoder, memory, mask, config, tokens)
+            return generate(golden.model_def.bind(params).decoder, memory, mask, config, tokens)
 
         output = jax.tree.map(np.asarray, search(golden.params, memory, mask))
         yield from name_beam_arrays(golden, width, output.ids, output.lengths, output.scores)
@@ -155,7 +155,7 @@ def compute_caption(golden: Golden) -> NamedArrays:
 
     @jax.jit
     def run(params: Params) -> Any:
-        model, taps = golden.definition.bind(params), Taps()
+        model, taps = golden.model_def.bind(params), Taps()
         visual = model.encode_visual(batch["frames"], taps=taps)
         logits = model.decoder(batch["target"], batch["target"] != 0, visual, taps=taps)
         losses = [caption_loss(ForwardPass(model, x)).loss for x in (batch, unmasked)]
@@ -175,7 +175,7 @@ def compute_videoqa(golden: Golden) -> NamedArrays:
 
     @jax.jit
     def run(params: Params) -> Any:
-        model, taps = golden.definition.bind(params), Taps()
+        model, taps = golden.model_def.bind(params), Taps()
         visual = model.encode_visual(batch["frames"], taps=taps)
         text = model.encode_text(ids, mask, taps=taps)
         image, fused = model.fusion(text, mask, visual, taps=taps)
@@ -188,8 +188,8 @@ def compute_videoqa(golden: Golden) -> NamedArrays:
     taps, text, visual, image, fused, memory, memory_mask, logits, sums, loss = run(golden.params)
     yield from name_intermediates(taps, golden, logits, rows, (image, fused))
     for stride in find_numbers(golden, r"fusion_stride(\d+)_text"):
-        definition, params = golden.fusion_with_stride(stride)
-        mixed = jax.jit(lambda p, *x, d=definition: d.bind(p).fusion(*x))(params, text, mask, visual)
+        model_def, params = golden.fusion_with_stride(stride)
+        mixed = jax.jit(lambda p, *x, d=model_def: d.bind(p).fusion(*x))(params, text, mask, visual)
         yield f"fusion_stride{stride}_image", np.asarray(mixed[0])
         yield f"fusion_stride{stride}_text", np.asarray(mixed[1])
     yield "dec_memory", np.asarray(memory)
@@ -203,7 +203,7 @@ def compute_videoqa(golden: Golden) -> NamedArrays:
     candidates, candidates_mask = golden.inputs["cand_ids"], golden.inputs["cand_mask"].astype(bool)
     ranked = jax.jit(
         lambda p, m, n: rank_answers(
-            golden.definition.bind(p).decoder, m, n, jnp.asarray(candidates, jnp.int32), jnp.asarray(candidates_mask),
+            golden.model_def.bind(p).decoder, m, n, jnp.asarray(candidates, jnp.int32), jnp.asarray(candidates_mask),
             num_candidates=golden.settings["rank_k"], double_count_first_token=True,
         )
     )(golden.params, memory, memory_mask)  # fmt: skip
@@ -222,8 +222,8 @@ def _distilled_loss(golden: Golden, batch: DeviceBatch, alpha: float) -> Callabl
     config = released_distillation(golden, alpha=alpha)
 
     def loss(params: Params, teacher: Params) -> jax.Array:
-        teacher_pass = ForwardPass(golden.definition.bind(teacher), batch)
-        student = ForwardPass(golden.definition.bind(params), batch, teacher=teacher_pass, alpha=config.alpha)
+        teacher_pass = ForwardPass(golden.model_def.bind(teacher), batch)
+        student = ForwardPass(golden.model_def.bind(params), batch, teacher=teacher_pass, alpha=config.alpha)
         return answer_loss(student, config).loss
 
     return loss
@@ -241,9 +241,9 @@ def _compute_distillation(golden: Golden, batch: DeviceBatch, rows: HostArray) -
         target, weights = batch["target"], batch["target_weights"]
         logits = []
         for tree in (params, teacher):
-            model = golden.definition.bind(tree)
+            model = golden.model_def.bind(tree)
             logits.append(model.decoder(target, target != 0, *ForwardPass(model, batch).instruction_memory))
-        soft = teacher_probabilities(ForwardPass(golden.definition.bind(teacher), batch))
+        soft = teacher_probabilities(ForwardPass(golden.model_def.bind(teacher), batch))
         sums = (1 - alpha) * summed_answer_loss(logits[0], target, weights)
         sums += alpha * summed_distillation_loss(logits[0], soft, weights, softmax_axis=config.softmax_axis)
         return sums, logits[1][:, :-1], soft
@@ -267,7 +267,7 @@ class JaxRunner:
         objective = caption_loss if caption else answer_loss
         # One program for loss and gradients: compiling it takes longer than everything else here.
         self._loss_and_gradients = jax.jit(
-            jax.value_and_grad(lambda p: objective(ForwardPass(golden.definition.bind(p), self._batch)).loss)
+            jax.value_and_grad(lambda p: objective(ForwardPass(golden.model_def.bind(p), self._batch)).loss)
         )
 
     def load_summary(self) -> str:

@@ -38,12 +38,12 @@ def compute_retrieval(golden: Golden) -> tuple[dict[str, HostArray], Params]:
     )
     student_params = {part: golden.params[part] for part in golden.teacher}
     teacher_params = ema_update(golden.teacher, student_params, golden.settings["momentum"])
-    teacher_definition = define_model(golden.definition.config, TEACHER_PARTS)
+    teacher_definition = define_model(golden.model_def.config, TEACHER_PARTS)
 
     def loss(params: Params) -> Any:
         teacher = ForwardPass(teacher_definition.bind(teacher_params), batch)
         student = ForwardPass(
-            golden.definition.bind(params), batch, teacher=teacher, alpha=float(x["alpha"]), queue=queue
+            golden.model_def.bind(params), batch, teacher=teacher, alpha=float(x["alpha"]), queue=queue
         )
         contrast = vlc_loss(student, VlcConfig(min_temperature=0.0))
         matching = vlm_loss(student, VlmConfig(group_size=0)).loss

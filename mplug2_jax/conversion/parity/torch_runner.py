@@ -91,7 +91,7 @@ class TorchRunner:
 
 def load(golden: Golden, model_class: type[Model], *, teacher: bool = False, **overrides: Any) -> Model:
     """Load a golden's model; ``overrides`` are sizes that change no tensor in use."""
-    sizes = dataclasses.asdict(golden.definition.config) | {"fusion_start": golden.fusion_start} | overrides
+    sizes = dataclasses.asdict(golden.model_def.config) | {"fusion_start": golden.fusion_start} | overrides
     config = Config(**{field.name: sizes[field.name] for field in dataclasses.fields(Config) if field.name in sizes})
     model = model_class(config)
     tensors = {name: torch.from_numpy(golden.source.read(name)) for name in golden.source.names()}

@@ -147,7 +147,7 @@ class DecodeStep(nn.Module):
         )  # fmt: skip
 
 
-Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
+DecodeFn = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """A :class:`DecodeStep`, compiled or not."""
 
 
@@ -161,7 +161,7 @@ class DecoderCache:
         length: of the cache, in tokens.
     """
 
-    def __init__(self, step: Step, memory: DecoderMemory, num_sequences: int, length: int) -> None:
+    def __init__(self, step: DecodeFn, memory: DecoderMemory, num_sequences: int, length: int) -> None:
         self._step, self._memory = step, memory
         layers, b, h, _, k = memory.keys.shape
         self._keys, self._values = (memory.keys.new_zeros(layers, b, num_sequences, h, length, k) for _ in range(2))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
-from .decoder import DecoderCache, DecoderMemory, DecodeStep, Step, TextDecoder
+from .decoder import DecodeFn, DecoderCache, DecoderMemory, DecodeStep, TextDecoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def _merge_best(old: DecodeOutput, new: DecodeOutput) -> DecodeOutput:
 
 @torch.no_grad()
 def generate(
-    decoder: TextDecoder, memory: DecoderMemory, config: SearchConfig, step: Step | None = None
+    decoder: TextDecoder, memory: DecoderMemory, config: SearchConfig, step: DecodeFn | None = None
 ) -> DecodeOutput:
     """Run beam search with a cache; the memory is shared by the beams of an example.
 

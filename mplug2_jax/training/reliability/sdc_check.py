@@ -13,7 +13,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.forward import Metrics
 from mplug2_jax.training.checkpoint.checksums import checksums, leaves_by_name, mismatched
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
-from mplug2_jax.training.step import Step, StreamBatches, make_step
+from mplug2_jax.training.step import StreamBatches, TrainStep, make_train_step
 
 
 class CorruptionError(UserError):
@@ -29,9 +29,9 @@ class SdcCheck:
         every: steps; 0 for never.
     """
 
-    def __init__(self, spec: RunSpec, run_step: Step, every: int) -> None:
+    def __init__(self, spec: RunSpec, run_step: TrainStep, every: int) -> None:
         self._spec, self._run_step, self._every = spec, run_step, every
-        self._rotated: tuple[RunSpec, Step] | None = None
+        self._rotated: tuple[RunSpec, TrainStep] | None = None
 
     def is_due(self, step: int) -> bool:
         """Return whether a step is checked."""
@@ -56,7 +56,7 @@ class SdcCheck:
         check_same_bits(step, first, second)
         return first, metrics
 
-    def _rotated_run(self) -> tuple[RunSpec, Step]:
+    def _rotated_run(self) -> tuple[RunSpec, TrainStep]:
         """Return the run on rotated devices, compiled once; with a single device, the run itself."""
         if self._rotated is None:
             mesh = rotate_devices(self._spec.mesh)
@@ -64,7 +64,7 @@ class SdcCheck:
                 self._rotated = self._spec, self._run_step
             else:
                 spec = make_run_spec(self._spec.config, self._spec.context.tokens, mesh)
-                self._rotated = dataclasses.replace(spec, context=self._spec.context), make_step(spec)
+                self._rotated = dataclasses.replace(spec, context=self._spec.context), make_train_step(spec)
         return self._rotated
 
 

@@ -13,6 +13,7 @@ _OLD_EVENTS: Mapping[str, str] = {
     "damaged": "checkpoint_damaged", "lengthened": "steps_extended",
 }  # fmt: skip
 _OLD_KEYS: Mapping[str, str] = {"to": "to_step", "offset": "data_offset", "before": "old_steps"}
+_OLD_KINDS: Mapping[str, str] = {"free": "runtime", "neutral": "execution", "deciding": "training"}  # of fields
 
 
 class EventLog:
@@ -46,9 +47,12 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return all undamaged events; those of older versions get the names and keys of this one."""
-    return [
-        {_OLD_KEYS.get(key, key): value for key, value in line.items()} | {"event": _OLD_EVENTS.get(event, event)}
-        for line in read_jsonl(path)
-        for event in [str(line.get("event"))]
-    ]
+    """Return all undamaged events; those of older versions get the names, keys and kinds of this one."""
+    events = []
+    for line in read_jsonl(path):
+        event = {_OLD_KEYS.get(key, key): value for key, value in line.items()}
+        event["event"] = _OLD_EVENTS.get(name := str(line.get("event")), name)
+        if "kind" in event:
+            event["kind"] = _OLD_KINDS.get(event["kind"], event["kind"])
+        events.append(event)
+    return events

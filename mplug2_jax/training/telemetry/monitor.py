@@ -16,7 +16,7 @@ from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.reliability.faults import FaultDetector, LocalRows
 from mplug2_jax.training.state import RunSpec, TrainState
-from mplug2_jax.training.step import BatchSizes, Step, StreamBatches, batch_sizes
+from mplug2_jax.training.step import BatchSizes, StreamBatches, TrainStep, batch_sizes
 from mplug2_jax.training.telemetry.events import EventLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
 from mplug2_jax.training.telemetry.host_monitor import HostMonitor
@@ -72,7 +72,7 @@ class TrainMonitor:
         sources = RunSources(config.name, self._meter, self.goodput, self._events, self.hosts, self.metrics)
         return MetricsServer(sources, config.metrics_address, config.metrics_port)
 
-    def compile(self, run_step: Step, step: int, state: TrainState, batches: StreamBatches) -> None:
+    def compile(self, run_step: TrainStep, step: int, state: TrainState, batches: StreamBatches) -> None:
         """Compile the step function before its first call with batches of a size; log the time and memory it needs."""
         sizes = dict(batch_sizes(batches))
         with self.goodput.track("compile"):

@@ -35,7 +35,7 @@ def count_gradient_flops(
     config: RunConfig = spec.config
     model = dataclasses.replace(config.model, attention="xla", remat=config.model.remat if remat else RematConfig())
     config = dataclasses.replace(config, model=model, streams=streams)
-    xla_spec = dataclasses.replace(spec, config=config, definition=define_model(model, spec.definition.parts))
+    xla_spec = dataclasses.replace(spec, config=config, model_def=define_model(model, spec.model_def.parts))
 
     def loss(trained: Any, frozen: Any, state: Any, batches: Any, alpha: Any) -> Any:
         params, queues, frequencies = combine(trained, frozen), state.get("queues", {}), state.get("frequencies")

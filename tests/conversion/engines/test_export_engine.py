@@ -16,7 +16,7 @@ import pytest
 
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.tokenizers import train_wordpiece
-from mplug2_jax.cli.common import open_run
+from mplug2_jax.cli.common import restore_run
 from mplug2_jax.conversion.engines import onnx, stablehlo
 from mplug2_jax.conversion.engines.export_engine import export_engine
 from mplug2_jax.conversion.import_plan import plan_import
@@ -52,15 +52,15 @@ def exports(run: Path) -> Path:
 
 def greedy(run: Path, frames: Any) -> list[int]:
     """Return the answer of our greedy search."""
-    spec, params, _, tokenizer = open_run(argparse.Namespace(workdir=run, step=None, overrides=[]))
+    spec, params, _, tokenizer = restore_run(argparse.Namespace(workdir=run, step=None, overrides=[]))
     question = jnp.asarray([tokenizer.encode(QUESTION)])
     batch = {"frames": jnp.asarray(frames), "instruction": question, "instruction_mask": question > 0}
     search = SearchConfig(num_beams=1, max_length=spec.config.tasks.search.max_length)
 
     @jax.jit
-    @spec.definition.with_precision
+    @spec.model_def.with_precision
     def answer(params: Any) -> Any:
-        forward = ForwardPass(spec.definition.bind(params), batch)
+        forward = ForwardPass(spec.model_def.bind(params), batch)
         return generate(forward.model.decoder, *forward.instruction_memory, search, spec.context.tokens)
 
     with jax.set_mesh(spec.mesh):

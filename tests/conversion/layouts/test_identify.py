@@ -49,7 +49,7 @@ def test_a_prefix_of_all_names_is_removed(tmp_path: Path, layout: str, prefix: s
 def test_openai_s_vision_tower_may_be_alone(tmp_path: Path, prefix: str) -> None:
     tower = {n.removeprefix("visual."): x for n, x in SMALL["openai"].items() if n.startswith("visual.")}
     plan = plan_import([write_checkpoint(tmp_path / "x.safetensors", add_prefix(tower, prefix))])
-    assert (plan.title, plan.definition.config.vision_layers) == ("CLIP (OpenAI)", 1)
+    assert (plan.title, plan.model_def.config.vision_layers) == ("CLIP (OpenAI)", 1)
 
 
 def test_heads_of_a_fine_tuned_bert_are_ignored_and_listed(tmp_path: Path) -> None:

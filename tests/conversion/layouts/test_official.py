@@ -44,15 +44,15 @@ def test_every_name_and_shape_of_the_release_is_mapped_or_ignored(reference: Pat
     rows = json.loads((reference / f"state_dict_{task}_{size}.json").read_text())
     shapes = {row["name"]: tuple(row["shape"]) for row in rows}
     parts = CAPTION_PARTS if task == "caption" else QUESTION_PARTS
-    definition = define_model(model_config(size), parts)
-    start = default_fusion_start(definition.config)
+    model_def = define_model(model_config(size), parts)
+    start = default_fusion_start(model_def.config)
     assert start == {"base": 9, "large": 18}[size]
-    mappings, report = match_names(list(shapes), map_official_names(definition.config, parts, start))
+    mappings, report = match_names(list(shapes), map_official_names(model_def.config, parts, start))
     assert set(report.rows) == set(shapes)
     assert report.count("tied") == 2
     assert (report.count("unused") > 0) == (task == "videoqa")
     # The converted tensors have exactly as many elements as our model.
-    assert sum(int(np.prod(shapes[name])) for name in mappings) == definition.num_params()
+    assert sum(int(np.prod(shapes[name])) for name in mappings) == model_def.num_params()
 
 
 def test_the_inverse_is_equal_to_the_bit(golden) -> None:
@@ -73,7 +73,7 @@ def test_missing_and_unexpected_tensors_are_listed_together(golden) -> None:
     del source.tensors["visn_fc.weight"]
     source.tensors["text_encoder.pooler.dense.weight"] = np.zeros(3, np.float32)
     with pytest.raises(UserError) as error:
-        load_official(source, golden.definition, golden.fusion_start)
+        load_official(source, golden.model_def, golden.fusion_start)
     assert "1 missing (visn_fc.weight)" in str(error.value)
     assert "1 unexpected (text_encoder.pooler.dense.weight)" in str(error.value)
     assert "nothing was loaded" in str(error.value)
@@ -83,14 +83,14 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(golden) -> None:
     source = read_all(golden.source)
     source.tensors["visn_fc.weight"] = np.zeros((48, 32), np.float32)
     with pytest.raises(UserError, match=r"visn_fc.weight \[48, 32\] does not fit vision_projection/dense/kernel"):
-        load_official(source, golden.definition, golden.fusion_start)
+        load_official(source, golden.model_def, golden.fusion_start)
 
 
 def test_every_parameter_is_filled_once(golden) -> None:
-    mappings = map_tensors(golden.definition.config, QUESTION_PARTS, golden.fusion_start)
+    mappings = map_tensors(golden.model_def.config, QUESTION_PARTS, golden.fusion_start)
     filled = [(mapping.path, mapping.layer) for mapping in mappings]
     assert len(filled) == len(set(filled))
-    assert {path for path, _ in filled} == set(flatten_dict(golden.definition.shapes))
+    assert {path for path, _ in filled} == set(flatten_dict(golden.model_def.shapes))
 
 
 @pytest.mark.parametrize("size", ["base", "large"])

@@ -34,13 +34,13 @@ def make_plan(folder: Path, tensors: Any, settings: Any, name: str = "model.safe
 )
 def test_a_bert_has_the_heads_in_its_settings(tmp_path: Path, settings: Any, heads: int) -> None:
     plan = make_plan(tmp_path, bert_tensors(), settings)
-    assert plan.definition.config.heads == heads
+    assert plan.model_def.config.heads == heads
     assert bool(plan.notes) == (heads == 2)
 
 
 def test_absent_settings_of_a_bert_are_the_library_s_defaults_and_reported(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, bert_tensors(384), {"config.json": {"model_type": "bert", "num_attention_heads": None}})
-    assert plan.definition.config.heads == 12
+    assert plan.model_def.config.heads == 12
     assert plan.notes[0] == "num_attention_heads=12: not in config.json, the library's default"
 
 
@@ -94,7 +94,7 @@ def test_a_tower_has_the_heads_and_the_activation_in_its_settings(
     tmp_path: Path, openai: bool, settings: Any, heads: int, activation: str
 ) -> None:
     plan = make_plan(tmp_path, openai_clip() if openai else hugging_face_clip(), settings)
-    config = plan.definition.config
+    config = plan.model_def.config
     assert (config.vision_heads, config.vision_activation) == (heads, activation)
     assumptions = [note for note in plan.notes if "next to" in note]
     assert bool(assumptions) == (not settings or ("config.json" in settings and settings["config.json"] is BERT))
@@ -129,7 +129,7 @@ def test_unsupported_settings_of_a_tower_are_errors_with_the_field(
 
 def test_without_settings_head_widths_are_the_usual_ones_or_an_error(tmp_path: Path) -> None:
     huge = make_plan(tmp_path / "huge", openai_clip(1280, 1), {})
-    assert huge.definition.config.vision_heads == 16  # of 80 columns, as all ViT-H/14
+    assert huge.model_def.config.vision_heads == 16  # of 80 columns, as all ViT-H/14
     with pytest.raises(UserError, match=r"the width 100 is not a multiple of the head width 64; put the config\.json"):
         make_plan(tmp_path / "narrow", bert_tensors(100), {})
 

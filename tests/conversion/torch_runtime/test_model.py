@@ -58,13 +58,13 @@ def test_every_intermediate_equals_ours_under_the_same_name(small, lively, chang
 
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
     shared = {name: value for name, value in dataclasses.asdict(config).items() if name in ours}
-    definition = define_model(ModelConfig(**shared, dtype="float32"), QUESTION_PARTS)
+    model_def = define_model(ModelConfig(**shared, dtype="float32"), QUESTION_PARTS)
     source = MemorySource({name: value.numpy() for name, value in model.state_dict().items()})
-    params, _ = load_official(source, definition, config.fusion_start)
+    params, _ = load_official(source, model_def, config.fusion_start)
 
     @jax.jit
     def run(params):
-        ours, found = definition.bind(params), JaxTaps()
+        ours, found = model_def.bind(params), JaxTaps()
         mask = jnp.asarray(QUESTION.numpy() != 0)
         visual = ours.encode_visual(jnp.asarray(frames.numpy().transpose(0, 2, 3, 4, 1)), taps=found)
         text = ours.encode_text(jnp.asarray(QUESTION.numpy(), jnp.int32), mask, taps=found)

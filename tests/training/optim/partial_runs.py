@@ -10,15 +10,15 @@ import numpy as np
 from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.loop import device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, make_run_spec
-from mplug2_jax.training.step import make_step
+from mplug2_jax.training.step import make_train_step
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.runs import small_run, text_run
 
-DISTILLED = TaskSettings(distillation=DistillationConfig(momentum=0.5))
+DISTILLED = TasksConfig(distillation=DistillationConfig(momentum=0.5))
 
 
 def answer_run(**overrides: Any) -> RunConfig:
@@ -43,7 +43,7 @@ def make_spec(config: RunConfig, mesh: MeshConfig | None = None) -> RunSpec:
 def train_steps(config: RunConfig, steps: int, mesh: MeshConfig | None = None) -> tuple[Any, Any, dict[str, float]]:
     """Return the first parameters, the last state and the last metrics."""
     spec = make_spec(config, mesh)
-    state, step = spec.init(), make_step(spec)
+    state, step = spec.init(), make_train_step(spec)
     start = jax.tree.map(np.asarray, state["params"])
     batches = device_batches(open_streams(config, WorkDir(Path("nowhere")).load_tokenizer(config)), spec.mesh, 0)
     metrics: Any = {}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from mplug2_jax.cli.common import open_run
+from mplug2_jax.cli.common import restore_run
 from mplug2_jax.conversion.export_weights import export
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.layouts.official import default_fusion_start, load_official
@@ -51,17 +51,17 @@ def merge_by_hand(base: Any, adapters: Any, scale: float) -> dict[str, Any]:
 
 
 def test_the_linear_kernels_of_a_part_alone_have_adapters() -> None:
-    definition = define_model(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS))
+    model_def = define_model(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS))
     kernels = {
         name: leaf
-        for name, leaf in leaves(definition.shapes).items()
+        for name, leaf in leaves(model_def.shapes).items()
         if name.endswith("/kernel") and not name.endswith(("temporal_1/kernel", "temporal_2/kernel"))
     }
     for part in PARTS:
         config = LoraConfig(parts=(part,), rank=3)
-        shapes = add_adapters(definition.shapes, config.parts, adapter_shapes(config))
-        assert remove_adapters(shapes) == definition.shapes
-        added = leaves(shapes).keys() - leaves(definition.shapes).keys()
+        shapes = add_adapters(model_def.shapes, config.parts, adapter_shapes(config))
+        assert remove_adapters(shapes) == model_def.shapes
+        added = leaves(shapes).keys() - leaves(model_def.shapes).keys()
         adapter_leaves = {name: leaf for name, leaf in kernels.items() if part_name(tuple(name.split("/"))) == part}
         assert adapter_leaves
         assert len(added) == 2 * len(adapter_leaves)
@@ -228,7 +228,7 @@ def test_commands_open_merged_kernels(run: tuple[Path, RunConfig]) -> None:
     path, _ = run
     trees = read_checkpoint(path)
     for overrides, tree in (((), "ema"), (("--config.ema_decay=0",), "params")):
-        spec, params, _, _ = open_run(argparse.Namespace(workdir=path, step=None, overrides=list(overrides)))
+        spec, params, _, _ = restore_run(argparse.Namespace(workdir=path, step=None, overrides=list(overrides)))
         assert_close(leaves(params), merge_by_hand(trees["params"], trees[tree], 1.5))
         assert params["decoder"]["head"]["dense"]["kernel"].sharding == (
             spec.shapes["params"]["decoder"]["head"]["dense"]["kernel"].sharding
@@ -242,9 +242,9 @@ def test_an_export_has_the_merged_kernels(
 ) -> None:
     path, config = run
     export(path, tmp_path / "x.safetensors", ema=ema)
-    definition = make_spec(config).definition
+    model_def = make_spec(config).model_def
     source = open_source(tmp_path / "x.safetensors")
-    params, _ = load_official(source, definition, default_fusion_start(config.model))
+    params, _ = load_official(source, model_def, default_fusion_start(config.model))
     trees = read_checkpoint(path)
     expected = merge_by_hand(trees["params"], trees[tree], 1.5)
     assert_close(leaves(params), expected)
@@ -291,6 +291,6 @@ def test_the_summary_names_adapters() -> None:
     spec = make_spec(mlm_run(lora=TEXT))
     frozen, adapters = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (spec.definition.shapes["text"], partition(spec.shapes["params"]["text"], ("text",), ("text",))[0])
+        for tree in (spec.model_def.shapes["text"], partition(spec.shapes["params"]["text"], ("text",), ("text",))[0])
     )
     assert describe(spec)[0].endswith(f"; {frozen:,} frozen (text); LoRA adds {adapters:,} (text)")

@@ -32,7 +32,7 @@ from tests.runs import small_model, small_run
 def test_groups_equal_the_release(reference: Path, task: str) -> None:
     recipe = json.loads((reference / "goldens" / "recipe.json").read_text())["param_groups"]
     golden = next(g for g in load_goldens(reference / "goldens" / recipe["config"]) if g.model == task)
-    assert golden.definition.parts == (CAPTION_PARTS if task == "caption" else QUESTION_PARTS)
+    assert golden.model_def.parts == (CAPTION_PARTS if task == "caption" else QUESTION_PARTS)
     expected = {name: (group["lr"], group["weight_decay"]) for group in recipe[task] for name in group["params"]}
     learning_rates = sorted({lr for lr, _ in expected.values()})
     assert len(learning_rates) == 2
@@ -142,8 +142,8 @@ def test_what_muon_does_not_orthogonalize_takes_the_step_of_adamw_and_scales_act
 def test_muon_takes_the_kernels_of_layers_alone() -> None:
     """Not embeddings, heads, the patch embedding, temporal convolutions, norms, stacked biases, nor adapters."""
     model = small_model(num_classes=3, vision_width=64)
-    definition = define_model(model, (*small_run().parts(), "classifier"))
-    shapes = add_adapters(definition.shapes, ("text",), adapter_shapes(small_run().lora))
+    model_def = define_model(model, (*small_run().parts(), "classifier"))
+    shapes = add_adapters(model_def.shapes, ("text",), adapter_shapes(small_run().lora))
     leaves = {
         tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
     }

@@ -96,7 +96,7 @@ def flops(*frozen: str) -> float:
     spec = make_spec(mlm_run(freeze=frozen))
     batches = {name: abstract_batch(stream.data, spec) for name, stream in spec.config.streams.items()}
     with jax.set_mesh(spec.mesh):
-        analysis = jit_train_step(spec).lower(spec.shapes, batches, spec.value_shapes).compile().cost_analysis()
+        analysis = jit_train_step(spec).lower(spec.shapes, batches, spec.hyperparam_shapes).compile().cost_analysis()
     return analysis["flops"]
 
 
@@ -144,5 +144,5 @@ def test_a_run_resumes_and_not_with_another_frozen_part(tmp_path: Path) -> None:
 def test_the_summary_names_frozen_parts() -> None:
     config = mlm_run(freeze=("text",))
     spec = make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
-    count = sum(leaf.size for leaf in jax.tree.leaves(spec.definition.shapes["text"]))
-    assert describe(spec)[0].endswith(f"parameters in {', '.join(spec.definition.parts)}; {count:,} frozen (text)")
+    count = sum(leaf.size for leaf in jax.tree.leaves(spec.model_def.shapes["text"]))
+    assert describe(spec)[0].endswith(f"parameters in {', '.join(spec.model_def.parts)}; {count:,} frozen (text)")

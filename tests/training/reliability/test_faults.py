@@ -28,7 +28,7 @@ from mplug2_jax.training.loop import open_streams, train
 from mplug2_jax.training.reliability.faults import FaultDetector, apply_later_rollbacks
 from mplug2_jax.training.reliability.sdc_check import CorruptionError, SdcCheck, check_same_bits, rotate_devices
 from mplug2_jax.training.state import make_run_spec
-from mplug2_jax.training.step import make_step
+from mplug2_jax.training.step import make_train_step
 from mplug2_jax.training.telemetry.events import EventLog, read_events
 from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train_metrics
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
@@ -44,11 +44,11 @@ def compiled() -> Iterator[Any]:
     steps: dict[Any, Any] = {}
 
     def once(spec: Any) -> Any:
-        return steps.setdefault(tuple(spec.mesh.shape.items()), make_step(spec))
+        return steps.setdefault(tuple(spec.mesh.shape.items()), make_train_step(spec))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", once)
-        patch.setattr("mplug2_jax.inference.replay.make_step", once)
+        patch.setattr(loop, "make_train_step", once)
+        patch.setattr("mplug2_jax.inference.replay.make_train_step", once)
         patch.setattr("mplug2_jax.training.telemetry.monitor.TrainMonitor.compile", lambda *args: None)
         yield once
 
@@ -143,7 +143,7 @@ def batch() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def stepped() -> tuple[Any, Any]:
     spec = spec_of(text_run())
-    return spec, make_step(spec)
+    return spec, make_train_step(spec)
 
 
 def test_an_update_that_is_not_finite_changes_nothing_but_the_count(stepped: tuple[Any, Any]) -> None:

@@ -12,7 +12,7 @@ from data_pipelines.storage.paths import to_path
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.objectives.config import VlmConfig
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import TasksConfig
 from mplug2_jax.training.reliability import slices as slices_module
 from mplug2_jax.training.reliability.slices import Host, Slices
 from tests.runs import small_run, text_run
@@ -191,7 +191,7 @@ def test_fewer_slices_have_the_same_batch_in_more_micro_batches(tmp_path: Path) 
 def test_fewer_examples_to_compare_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     slices = Slices(tmp_path, Host.detect(local(0)), "a", 1, 1)
     slices.members = (0,)
-    slices.scale(small_run(mesh=MeshConfig(replica=-1, fsdp=1), tasks=TaskSettings(vlm=VlmConfig(group_size=4))))
+    slices.scale(small_run(mesh=MeshConfig(replica=-1, fsdp=1), tasks=TasksConfig(vlm=VlmConfig(group_size=4))))
     slices.scale(text_run(mesh=MeshConfig(replica=-1, fsdp=1)))
     mixed, text = (record.getMessage() for record in caplog.records)
     assert mixed == "1 of 2 slices: 2 micro-batches a step, in which contrast and hard negatives compare fewer examples"

@@ -100,14 +100,14 @@ MODEL = model_config(
 
 def caption_program(unroll):
     """Return a caption loss without dropout, and its abstract arguments."""
-    definition = define_model(dataclasses.replace(MODEL, scan_unroll=unroll), ("vision", "universal", "decoder"))
+    model_def = define_model(dataclasses.replace(MODEL, scan_unroll=unroll), ("vision", "universal", "decoder"))
     batch = {
         "frames": jax.ShapeDtypeStruct((2, 1, 32, 32, 3), "uint8"),
         "target": jax.ShapeDtypeStruct((2, 32), "int32"),
         "target_weights": jax.ShapeDtypeStruct((2, 32), "float32"),
     }
-    return lambda params, batch: caption_loss(ForwardPass(definition.bind(params), batch)).loss, (
-        definition.shapes,
+    return lambda params, batch: caption_loss(ForwardPass(model_def.bind(params), batch)).loss, (
+        model_def.shapes,
         batch,
     )
 

@@ -27,7 +27,7 @@ def test_a_steps_trace_holds_the_matmuls_of_its_gradient() -> None:
     spec = make_spec(one, fsdp=4, tensor=2)
     batches = {name: abstract_batch(stream.data, spec) for name, stream in one.streams.items()}
     with jax.set_mesh(spec.mesh):
-        traced = jit_train_step(spec).trace(spec.shapes, batches, spec.value_shapes)
+        traced = jit_train_step(spec).trace(spec.shapes, batches, spec.hyperparam_shapes)
     counted = count_traced_step_flops(spec, traced.jaxpr)
     assert counted is not None
     assert counted == count_gradient_flops(spec, one.streams, batches, remat=False)

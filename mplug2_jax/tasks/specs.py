@@ -13,7 +13,7 @@ SIMILARITY_LEVELS = tuple(f"{i / 5:.1f}" for i in range(26))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Contract:
+class TaskSpec:
     """The requirements of a task, and whether it can be trained and evaluated by itself."""
 
     name: str
@@ -56,29 +56,29 @@ _CLASSIFICATION: Mapping[str, Any] = {
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 
-CONTRACTS: Mapping[str, Contract] = {
-    contract.name: contract
-    for contract in (
-        Contract(name="mlm", parts=("text", "universal", "mlm"), keys=("text", "text_mask", "example_id")),
-        Contract(name="vlc", parts=_CONTRAST_PARTS, keys=_PAIR_KEYS),
-        Contract(name="vlm", parts=_MATCHING_PARTS, keys=_PAIR_KEYS, evaluable=False),
-        Contract(name="rerank", parts=_MATCHING_PARTS, keys=_PAIR_KEYS),
-        Contract(name="ilm", **_GENERATION, keys=_GENERATION_KEYS),
-        Contract(name="caption", **_CAPTION, keys=("frames", "target", "target_weights")),
-        Contract(name="scst", **_CAPTION, keys=("frames", "references", "example_id")),
-        Contract(name="answer", **_GENERATION, keys=_GENERATION_KEYS),
-        Contract(name="vqa", **_GENERATION, keys=_GENERATION_KEYS, min_answers=4),
-        Contract(name="summarize", **_GENERATION, keys=_GENERATION_KEYS),
-        Contract(name="ground", **_GENERATION, keys=(*_GENERATION_KEYS, "box")),
-        Contract(name="classify", **_CLASSIFICATION, keys=("label",)),
-        Contract(name="zero_shot", parts=_CONTRAST_PARTS, keys=("frames", "label"), trainable=False),
-        *(Contract(name=name, **_CLASSIFICATION, keys=(*_INSTRUCTION_KEYS, "label")) for name in GLUE),
+TASK_SPECS: Mapping[str, TaskSpec] = {
+    spec.name: spec
+    for spec in (
+        TaskSpec(name="mlm", parts=("text", "universal", "mlm"), keys=("text", "text_mask", "example_id")),
+        TaskSpec(name="vlc", parts=_CONTRAST_PARTS, keys=_PAIR_KEYS),
+        TaskSpec(name="vlm", parts=_MATCHING_PARTS, keys=_PAIR_KEYS, evaluable=False),
+        TaskSpec(name="rerank", parts=_MATCHING_PARTS, keys=_PAIR_KEYS),
+        TaskSpec(name="ilm", **_GENERATION, keys=_GENERATION_KEYS),
+        TaskSpec(name="caption", **_CAPTION, keys=("frames", "target", "target_weights")),
+        TaskSpec(name="scst", **_CAPTION, keys=("frames", "references", "example_id")),
+        TaskSpec(name="answer", **_GENERATION, keys=_GENERATION_KEYS),
+        TaskSpec(name="vqa", **_GENERATION, keys=_GENERATION_KEYS, min_answers=4),
+        TaskSpec(name="summarize", **_GENERATION, keys=_GENERATION_KEYS),
+        TaskSpec(name="ground", **_GENERATION, keys=(*_GENERATION_KEYS, "box")),
+        TaskSpec(name="classify", **_CLASSIFICATION, keys=("label",)),
+        TaskSpec(name="zero_shot", parts=_CONTRAST_PARTS, keys=("frames", "label"), trainable=False),
+        *(TaskSpec(name=name, **_CLASSIFICATION, keys=(*_INSTRUCTION_KEYS, "label")) for name in GLUE),
     )
 }
 """All tasks by name; :mod:`mplug2_jax.tasks.table` has their implementations."""
 
 
-def required_parts(uses: Sequence[tuple[Contract, bool, bool]]) -> tuple[str, ...]:
+def required_parts(uses: Sequence[tuple[TaskSpec, bool, bool]]) -> tuple[str, ...]:
     """Return the parts of a model for uses (task, batches have frames, frames are videos), ordered as ``PARTS``."""
     needed: set[str] = set()
     for task, has_frames, is_video in uses:
