@@ -79,7 +79,7 @@ def measure(*command: str) -> tuple[float, float]:
 
 
 def check_equal(one: Path, other: Path) -> int:
-    """Check that all tensors of two checkpoints are equal to the byte, and return their number."""
+    """Check that all tensors of two checkpoints are byte-identical, and return their number."""
     a, b = open_source(one), open_source(other)
     assert set(a.names()) == set(b.names())
     differing = [n for n in a.names() if a.info(n) != b.info(n) or a.read(n).tobytes() != b.read(n).tobytes()]
@@ -120,7 +120,7 @@ def main() -> None:
     print(
         f"\nvideoqa {args.size}{', with its teacher' if args.teacher else ''}: {size / GB:.2f} GB, {tensors:,} tensors,"
     )
-    print("official -> ours -> official: all tensors are equal to the byte")
+    print("official -> ours -> official: all tensors are byte-identical")
     print(f"\n{'':<8} {'seconds':>8} {'MB/s':>7} {'of a copy':>10} {'peak GB':>8} {'above largest group':>24}")
     print(f"{'copy':<8} {copy_seconds:>8.1f} {size / copy_seconds / 1e6:>7,.0f} {1:>10.0%}")
     for name, (seconds, peak) in stages.items():

@@ -1,4 +1,4 @@
-"""Runs that drills start, kill and compare with undisturbed ones; see drills.py."""
+"""Runs that drills start, kill and compare with reference runs; see drills.py."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ from mplug2_jax.training.config import (
 from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train_metrics
 from mplug2_jax.training.workdir import load_or_train_tokenizer
 
-STEPS, SAVED_EVERY = 24, 3
+STEPS, SAVE_EVERY = 24, 3
 LIMIT = 600.0
 """Seconds after which a drill fails if its run has not exited."""
-COMPARED, TOLERANCE = 10, 1e-5
+NUM_COMPARED_STEPS, TOLERANCE = 10, 1e-5
 
 
 class DrillError(Exception):
@@ -59,11 +59,11 @@ LAYOUTS = (Layout(2, 2, 2, 2, 1), Layout(1, 4, 1, 2, 2), Layout(4, 1, 2, 1, 2), 
 
 @dataclasses.dataclass
 class Drills:
-    """A folder with a recipe, and its undisturbed runs."""
+    """A folder with a recipe, and its reference runs."""
 
     folder: Path
     steps: int = STEPS
-    saved_every: int = SAVED_EVERY
+    saved_every: int = SAVE_EVERY
     references: dict[Layout, Path] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,15 +119,15 @@ class Drills:
         ]
 
     def reference_run(self, layout: Layout) -> Path:
-        """Return the work directory of an undisturbed run, which is trained once."""
+        """Return the work directory of a reference run, which nothing interrupts and which is trained once."""
         if layout not in self.references:
-            workdir = self.folder / f"undisturbed-{len(self.references)}"
+            workdir = self.folder / f"reference-{len(self.references)}"
             expect(wait(self.launch(layout, workdir), workdir), 0, workdir)
             self.references[layout] = workdir
         return self.references[layout]
 
 
-def run_config(tokenizer: Path, steps: int = STEPS, saved_every: int = SAVED_EVERY) -> RunConfig:
+def run_config(tokenizer: Path, steps: int = STEPS, saved_every: int = SAVE_EVERY) -> RunConfig:
     """Return a run of masked language modeling with one layer, in float32."""
     examples = ExampleConfig(text="sentence", text_length=12)
     data = DataConfig(sources={"digits": SourceConfig(kind="text", max_records=1000)}, examples=examples, batch_size=8)
@@ -190,14 +190,14 @@ def await_step(step: int, workdir: Path, process: "subprocess.Popen[bytes]") -> 
         time.sleep(0.05)
 
 
-def compare(workdir: Path, undisturbed: Path, *, exact: bool, since: int = 0, steps: int = STEPS) -> None:
-    """Compare a finished run with an undisturbed one; ``since`` is the step that it resumed from."""
-    ids, expected_ids = (read_examples(folder) for folder in (workdir, undisturbed))
+def compare(workdir: Path, reference: Path, *, exact: bool, since: int = 0, steps: int = STEPS) -> None:
+    """Compare a finished run with a reference run; ``since`` is the step that it resumed from."""
+    ids, expected_ids = (read_examples(folder) for folder in (workdir, reference))
     if ids != expected_ids or len(ids) != steps:
         wrong = sorted(step for step in {*ids, *expected_ids} if ids.get(step) != expected_ids.get(step))
         raise DrillError(f"different examples in steps {wrong}")
-    rows, expected_rows = (read_step_rows(folder) for folder in (workdir, undisturbed))
-    for step in range(1, steps + 1) if exact else range(1, min(steps, since + COMPARED) + 1):
+    rows, expected_rows = (read_step_rows(folder) for folder in (workdir, reference))
+    for step in range(1, steps + 1) if exact else range(1, min(steps, since + NUM_COMPARED_STEPS) + 1):
         if step not in rows:
             raise DrillError(f"step {step} is missing in metrics.jsonl")
         loss, expected = rows[step]["loss"], expected_rows[step]["loss"]

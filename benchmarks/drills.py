@@ -6,8 +6,9 @@
     python benchmarks/drills.py all                    # all three
     python benchmarks/drills.py storage                # runs in a bucket: faults, outage, kill, cut uploads, refusals
 
-Every run is compared with an undisturbed run: the example ids of every step must be equal. Losses must be equal to the
-bit on the same processes and mesh, and within 1e-5 otherwise. Prints a table and exits with status 1 if a drill fails.
+Every run is compared with a reference run, which nothing interrupts: the example ids of every step must be equal.
+Losses must be bit-identical on the same processes and mesh, and within 1e-5 otherwise. Prints a table and exits with
+status 1 if a drill fails.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def elastic(drills: Drills, times: int, seed: int) -> Iterator[tuple[str, Any]]:
         step, delay = rng.randint(1, STEPS - 4), rng.uniform(0, 0.5)
 
         def drill(i: int = i, before: Layout = before, after: Layout = after, at: int = step, d: float = delay) -> str:
-            undisturbed, workdir = drills.reference_run(before), drills.folder / f"elastic-{i}"
+            reference, workdir = drills.reference_run(before), drills.folder / f"elastic-{i}"
             launcher = drills.launch(before, workdir)
             await_step(at, workdir, launcher)
             time.sleep(d)
@@ -60,12 +61,12 @@ def elastic(drills: Drills, times: int, seed: int) -> Iterator[tuple[str, Any]]:
             launcher.wait()
             await_gone(pids)
             reached = read_examples(workdir)
-            expected = read_examples(undisturbed)
+            expected = read_examples(reference)
             if any(expected[step] != row for step, row in reached.items()):
                 raise DrillError("different examples before the kill")
             expect(wait(drills.launch(after, workdir), workdir), 0, workdir)
             since = resumed_from(workdir)
-            compare(workdir, undisturbed, exact=before == after, since=since)
+            compare(workdir, reference, exact=before == after, since=since)
             return f"killed in step {max(reached)}, resumed from {since}: {max(reached) - since} steps lost"
 
         yield f"elastic {before} -> {after}", drill
@@ -76,7 +77,7 @@ def preempt(drills: Drills, grace: float) -> Iterator[tuple[str, Any]]:
     for layout in LAYOUTS[:2]:
 
         def drill(layout: Layout = layout) -> str:
-            undisturbed, workdir = drills.reference_run(layout), drills.folder / f"preempt-{layout.processes}"
+            reference, workdir = drills.reference_run(layout), drills.folder / f"preempt-{layout.processes}"
             run = drills.launch(layout, workdir)
             await_step(4, workdir, run)
             target = run.pid if layout.processes == 1 else children(run.pid)[-1]
@@ -87,7 +88,7 @@ def preempt(drills: Drills, grace: float) -> Iterator[tuple[str, Any]]:
             expect(wait(drills.launch(layout, workdir), workdir), 0, workdir)
             if resumed_from(workdir) != reached:
                 raise DrillError(f"resumed from step {resumed_from(workdir)}, expected {reached}")
-            compare(workdir, undisturbed, exact=True)
+            compare(workdir, reference, exact=True)
             return f"exited {seconds:.1f} s after SIGTERM, in step {reached}: 0 steps lost"
 
         yield f"preempt {layout}", drill
@@ -108,12 +109,12 @@ def kill_one(drills: Drills, bound: float, *, quick: bool) -> Iterator[tuple[str
             return f"others exited after {time.monotonic() - since:.1f} s with status {', '.join(map(str, statuses))}"
 
         def restarted(victim: int = victim) -> str:
-            undisturbed, workdir = drills.reference_run(layout), drills.folder / f"kill-one-restart{victim}"
+            reference, workdir = drills.reference_run(layout), drills.folder / f"kill-one-restart{victim}"
             launcher = drills.launch(layout, workdir, "--max-restarts", "1")
             await_step(4, workdir, launcher)
             os.kill(children(launcher.pid)[victim], signal.SIGKILL)
             expect(wait(launcher, workdir), 0, workdir)
-            compare(workdir, undisturbed, exact=True)
+            compare(workdir, reference, exact=True)
             return f"restarted from step {resumed_from(workdir)}"
 
         which = "the first" if victim == 0 else "the last"

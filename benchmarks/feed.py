@@ -59,8 +59,8 @@ def smooth_noise(rng: np.random.Generator, count: int, height: int, width: int) 
     """Return frames with structure at all scales, which compress to about the size of photographs."""
     coarse = [Image.fromarray(rng.integers(0, 256, (h, h * 4 // 3, 3), np.uint8)) for h in (6, 48)]
     layers = [np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) for image in coarse]
-    grain = rng.normal(0, 8, (height, width, 3))
-    image = 0.6 * layers[0] + 0.3 * layers[1] + grain
+    noise = rng.normal(0, 8, (height, width, 3))
+    image = 0.6 * layers[0] + 0.3 * layers[1] + noise
     return np.stack([np.roll(image, 2 * t, axis=1) for t in range(count)]).clip(0, 255).astype(np.uint8)
 
 

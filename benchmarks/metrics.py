@@ -55,9 +55,9 @@ def main() -> None:
     if java:
         same = sum(
             a == b
-            for here, there in ((ours, toolkit), (our_references, toolkit_references))
-            for i in here
-            for a, b in zip(here[i], there[i], strict=True)
+            for our_tokens, their_tokens in ((ours, toolkit), (our_references, toolkit_references))
+            for i in our_tokens
+            for a, b in zip(our_tokens[i], their_tokens[i], strict=True)
         )
         print(f"equal tokens    {same:,} of {len(texts) + sum(map(len, references)):,}")
 

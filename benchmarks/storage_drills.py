@@ -84,13 +84,13 @@ def _bucket(drills: Drills, store: str, name: str) -> Iterator[Bucket]:
 
 def storage(drills: Drills, *, quick: bool, seed: int) -> Iterator[tuple[str, Any]]:
     """Yield drills of runs in a bucket; ``quick`` are two processes, and an outage of some seconds."""
-    layout, fewer = (LAYOUTS[0], LAYOUTS[3]) if quick else (LAYOUTS[2], LAYOUTS[3])
+    layout, smaller_layout = (LAYOUTS[0], LAYOUTS[3]) if quick else (LAYOUTS[2], LAYOUTS[3])
     outage_seconds = 5.0 if quick else 60.0
     rng = random.Random(seed)
     last = drills.steps
 
     def faults(store: str) -> str:
-        undisturbed = drills.reference_run(layout)
+        reference = drills.reference_run(layout)
         with _bucket(drills, store, "faults") as bucket, contextlib.ExitStack() as stack:
             for kind, rate, options in (
                 ("unavailable", 0.02, {}), ("lost_request", 0.01, {}), ("lost_reply", 0.01, {}),
@@ -104,16 +104,16 @@ def storage(drills: Drills, *, quick: bool, seed: int) -> Iterator[tuple[str, An
                 time.sleep(outage_seconds)
             outage = start, time.time()
             bucket.finish(run)
-            compare(bucket.path, undisturbed, exact=True, steps=last)
+            compare(bucket.path, reference, exact=True, steps=last)
             age = _oldest(bucket.proxy, bucket.name, outage)
             if age > MAX_AGE:
                 raise DrillError(f"metrics were {age:.0f} s old, expected at most {MAX_AGE:.0f} s")
             suffered = sum(bool(request.fault) for request in bucket.proxy.requests)
             total = len(bucket.proxy.requests)
-            return f"{suffered:,} of {total:,} requests failed; metrics at most {age:.0f} s old; equal to the bit"
+            return f"{suffered:,} of {total:,} requests failed; metrics at most {age:.0f} s old; bit-identical"
 
     def kill(store: str) -> str:
-        undisturbed = drills.reference_run(layout)
+        reference = drills.reference_run(layout)
         with _bucket(drills, store, "kill") as bucket:
             run = bucket.start(layout)
             bucket.await_step(rng.randint(last // 4, last // 2), run)
@@ -123,13 +123,15 @@ def storage(drills: Drills, *, quick: bool, seed: int) -> Iterator[tuple[str, An
             run.wait()
             await_gone(pids)
             reached = max(read_examples(bucket.path), default=0)
-            bucket.finish(bucket.start(fewer))
+            bucket.finish(bucket.start(smaller_layout))
             since = resumed_from(bucket.path, log=bucket.log)
-            compare(bucket.path, undisturbed, exact=False, since=since, steps=last)
-            return f"killed with logs up to step {reached}, resumed from {since} on {fewer.processes} processes"
+            compare(bucket.path, reference, exact=False, since=since, steps=last)
+            return (
+                f"killed with logs up to step {reached}, resumed from {since} on {smaller_layout.processes} processes"
+            )
 
     def cut(store: str) -> str:
-        undisturbed = drills.reference_run(layout)
+        reference = drills.reference_run(layout)
         step = drills.saved_every * (last // drills.saved_every // 2)
         with _bucket(drills, store, "cut") as bucket:
             with bucket.proxy.fault("cut", only=rf"write .*/checkpoints/{step}/state/"):
@@ -146,14 +148,14 @@ def storage(drills: Drills, *, quick: bool, seed: int) -> Iterator[tuple[str, An
             since = resumed_from(bucket.path, log=bucket.log)
             if since >= step:
                 raise DrillError(f"resumed from step {since}, whose upload was cut")
-            compare(bucket.path, undisturbed, exact=True, steps=last)
-            return f"the upload of step {step} was cut; resumed from {since}; equal to the bit"
+            compare(bucket.path, reference, exact=True, steps=last)
+            return f"the upload of step {step} was cut; resumed from {since}; bit-identical"
 
     def refused(kind: str) -> Any:
         only = "write|start|delete|copy|update" if kind == "denied" else ""
 
         def drill(store: str) -> str:
-            undisturbed = drills.reference_run(layout)
+            reference = drills.reference_run(layout)
             with _bucket(drills, store, kind) as bucket:
                 run = bucket.start(layout, "--config.storage_timeout=5", "--config.checkpoint.max_failed_saves=2")
                 bucket.await_step(last // 3, run)
@@ -165,10 +167,10 @@ def storage(drills: Drills, *, quick: bool, seed: int) -> Iterator[tuple[str, An
                 errors = re.findall(r"mplug2: error: (.*)", bucket.log.read_text(errors="replace"))
                 bucket.finish(bucket.start(layout))
                 since = resumed_from(bucket.path, log=bucket.log)
-                compare(bucket.path, undisturbed, exact=True, steps=last)
+                compare(bucket.path, reference, exact=True, steps=last)
                 return (
                     f"status {UNAVAILABLE} after {seconds:.0f} s, then {USER_ERROR} ({errors[-1]}); "
-                    f"resumed from {since}; equal to the bit"
+                    f"resumed from {since}; bit-identical"
                 )
 
         return drill

@@ -187,7 +187,7 @@ def compare(call: str, frameworks: dict[str, Framework], rounds: int) -> dict[st
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-WAYS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {}, "float32, compiled": {"compiled": True}, "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, compiled": {"dtype": "bfloat16", "compiled": True}, "int8 weights": {"int8": True},
     "int8 weights, compiled": {"int8": True, "compiled": True},
@@ -206,7 +206,7 @@ def serve_export(folder: Path, files: list[Path], rounds: int) -> None:
         f"{'':<24} {'weights':>9} {'first':>8} {'files/s':>8} {'speed':>6} {'same texts':>11} {'features differ':>16}"
     )
     expected: tuple[list[str], Any, float] | None = None
-    for name, options in WAYS.items():
+    for name, options in VARIANTS.items():
         dtype = getattr(torch, options.get("dtype", "float32"))
         model = ExportedModel(folder, **options | {"dtype": dtype})
         seconds = []

@@ -82,7 +82,7 @@ def test_meshes_agree_with_one_device(repository: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_drills(repository: Path, tmp_path: Path) -> None:
-    """All drills run in one process because they share the undisturbed runs."""
+    """All drills run in one process because they share the reference runs."""
     out = run_benchmark(
         repository, "drills.py", "all", "--quick", "--times", "2", "--bound", "90", "--work", str(tmp_path)
     )
