@@ -38,7 +38,7 @@ def rand_augment(frames: Frames, rng: np.random.Generator, *, num_ops: int, magn
         num_ops: number of operations.
         magnitude: their level, 0 to ``MAX_MAGNITUDE``.
     """
-    for name, level in _draw(rng, num_ops, magnitude):
+    for name, level in _sample_ops(rng, num_ops, magnitude):
         frames = OPERATIONS[name](frames, level)
     return frames
 
@@ -46,13 +46,13 @@ def rand_augment(frames: Frames, rng: np.random.Generator, *, num_ops: int, magn
 def rand_augment_for_device(
     frames: Frames, rng: np.random.Generator, *, num_ops: int, magnitude: float
 ) -> tuple[Frames, ColorOperations]:
-    """Apply the operations that :func:`rand_augment` draws, but those of ``DEVICE_OPERATIONS``; return these.
+    """Apply the operations that :func:`rand_augment` samples, but those of ``DEVICE_OPERATIONS``; return these.
 
     A row is the number of an operation and its level; -1 and 0 after the last.
     """
     operations = np.tile(np.array([[-1, 0]], np.float32), (num_ops, 1))
     count = 0
-    for name, level in _draw(rng, num_ops, magnitude):
+    for name, level in _sample_ops(rng, num_ops, magnitude):
         if name in DEVICE_OPERATIONS:
             operations[count] = DEVICE_OPERATIONS.index(name), level
             count += 1
@@ -69,8 +69,8 @@ def apply_color_operations(frames: Frames, operations: ColorOperations) -> Frame
     return frames
 
 
-def _draw(rng: np.random.Generator, num_ops: int, magnitude: float) -> list[tuple[str, float]]:
-    """Draw names and levels of different operations."""
+def _sample_ops(rng: np.random.Generator, num_ops: int, magnitude: float) -> list[tuple[str, float]]:
+    """Sample names and levels of different operations."""
     names = rng.permutation(list(OPERATIONS))[:num_ops].tolist() if num_ops else []
     return [(name, float(magnitude / MAX_MAGNITUDE * rng.choice((-1, 1)))) for name in names]
 
@@ -116,7 +116,7 @@ def warp(frames: Frames, affine: Affine) -> Frames:
     return np.rint(above * weight_y + below * fraction_y).astype(np.uint8)
 
 
-def _stacked(transform: PilTransform) -> Operation:
+def _on_stacked_frames(transform: PilTransform) -> Operation:
     """Return an operation on all frames as one tall image, so that what depends on colors is the same for all."""
 
     def apply(frames: Frames, level: float) -> Frames:
@@ -127,16 +127,16 @@ def _stacked(transform: PilTransform) -> Operation:
     return apply
 
 
-def _by_value(transform: PilTransform) -> Operation:
+def _pointwise(transform: PilTransform) -> Operation:
     """Return an operation that changes each value alone, so that a table of 256 values has all of it."""
 
     def apply(frames: Frames, level: float) -> Frames:
-        return _look_up(frames, lambda image: transform(image, level))
+        return _apply_lut(frames, lambda image: transform(image, level))
 
     return apply
 
 
-def _look_up(frames: Frames, transform: Callable[[Image.Image], Image.Image]) -> Frames:
+def _apply_lut(frames: Frames, transform: Callable[[Image.Image], Image.Image]) -> Frames:
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3))
     table = np.asarray(transform(ramp))[0, :, 0].tobytes()
     return np.frombuffer(frames.tobytes().translate(table), np.uint8).reshape(frames.shape)
@@ -147,7 +147,7 @@ def _contrast(frames: Frames, level: float) -> Frames:
     t, y, x, _ = frames.shape
     gray = Image.fromarray(np.ascontiguousarray(frames).reshape(t * y, x, 3)).convert("L")
     mean = int(ImageStat.Stat(gray).mean[0] + 0.5)
-    return _look_up(
+    return _apply_lut(
         frames, lambda image: Image.blend(Image.new("RGB", image.size, (mean,) * 3), image, 1 + 0.9 * level)
     )
 
@@ -192,13 +192,13 @@ def _rotation(degrees: float) -> Affine:
 
 OPERATIONS: Mapping[str, Operation] = {
     "identity": lambda frames, s: frames,
-    "auto_contrast": _stacked(lambda image, s: ImageOps.autocontrast(image)),
-    "equalize": _stacked(lambda image, s: ImageOps.equalize(image)),
-    "posterize": _by_value(lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s)))),
-    "solarize": _by_value(lambda image, s: ImageOps.solarize(image, 256 - round(128 * abs(s)))),
-    "brightness": _by_value(lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s)),
+    "auto_contrast": _on_stacked_frames(lambda image, s: ImageOps.autocontrast(image)),
+    "equalize": _on_stacked_frames(lambda image, s: ImageOps.equalize(image)),
+    "posterize": _pointwise(lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s)))),
+    "solarize": _pointwise(lambda image, s: ImageOps.solarize(image, 256 - round(128 * abs(s)))),
+    "brightness": _pointwise(lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s)),
     "contrast": _contrast,
-    "color": _stacked(lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s)),
+    "color": _on_stacked_frames(lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s)),
     "sharpness": _per_frame(lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s)),
     "shear_x": lambda frames, s: _affine(frames, _linear(1.0, 0.3 * s, 0.0, 1.0)),
     "shear_y": lambda frames, s: _affine(frames, _linear(1.0, 0.0, 0.3 * s, 1.0)),

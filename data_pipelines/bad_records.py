@@ -16,7 +16,7 @@ from data_pipelines.storage.jsonl import JsonlWriter, read_jsonl
 
 MAX_LINES = 10_000
 """Lines of a ``data-errors.jsonl``; further bad records are still counted."""
-MAX_CHANCE = 1e-6
+SIGNIFICANCE_LEVEL = 1e-6
 """Probability with which data as bad as allowed may stop a run at one of its checks."""
 MAX_EXAMPLES = 5
 """Bad records that an error lists."""
@@ -31,7 +31,7 @@ class BadRecord:
     reason: str
 
 
-class Counts(NamedTuple):
+class BadRecordCounts(NamedTuple):
     """The records of a source that were requested, those of them that cannot be used, and the fraction allowed."""
 
     requested: int
@@ -70,15 +70,15 @@ class BadRecordLog:
             self._num_skipped_since[source] += 1
             self._append(bad_record)
 
-    def counts(self) -> Mapping[str, Counts]:
+    def counts(self) -> Mapping[str, BadRecordCounts]:
         """Return the counts of each source so far."""
         return {
-            source: Counts(self._num_requested[source], self._num_skipped[source], max_fraction)
+            source: BadRecordCounts(self._num_requested[source], self._num_skipped[source], max_fraction)
             for source, max_fraction in self._max_fractions.items()
         }
 
     def check(self, counts: Sequence[Mapping[str, Sequence[float | int]]]) -> None:
-        """Check the counts of all processes: is a source worse than allowed, by more than chance explains?
+        """Check that no source has significantly more bad records than allowed, over all processes.
 
         Args:
             counts: :meth:`counts` of each process.
@@ -88,11 +88,11 @@ class BadRecordLog:
         """
         for source in sorted({source for each in counts for source in each}):
             # They may come as JSON, which has no tuples.
-            found = [Counts._make(each[source]) for each in counts if source in each]
+            found = [BadRecordCounts._make(each[source]) for each in counts if source in each]
             requested, bad = sum(each.requested for each in found), sum(each.bad for each in found)
             if exceeds_fraction(bad, requested, max_fraction := found[0].max_fraction):
                 known = [bad_record for bad_record in self._logged if bad_record.source == source]
-                raise _too_many(known, source, bad, requested, max_fraction, f"; all in {self._path}")
+                raise _too_many_error(known, source, bad, requested, max_fraction, f"; all in {self._path}")
 
     def drain_skipped(self) -> Mapping[str, int]:
         """Return the number of records skipped since the last call, for each source that had any."""
@@ -111,12 +111,12 @@ class BadRecordLog:
 
 
 def exceeds_fraction(bad: int, requested: int, max_fraction: float) -> bool:
-    """Return whether data of which ``max_fraction`` are bad give so many bad records with ``MAX_CHANCE`` at most."""
+    """Return whether a one-sided binomial test rejects a bad fraction of at most ``max_fraction``."""
     if not bad or bad <= max_fraction * requested:
         return False
     from scipy.special import bdtrc  # imported here: nearly no process needs it
 
-    return not max_fraction or float(bdtrc(bad - 1, requested, max_fraction)) < MAX_CHANCE
+    return not max_fraction or float(bdtrc(bad - 1, requested, max_fraction)) < SIGNIFICANCE_LEVEL
 
 
 def check_bad_fraction(bad_records: Sequence[BadRecord], num_requested: int, max_fraction: float) -> None:
@@ -126,10 +126,10 @@ def check_bad_fraction(bad_records: Sequence[BadRecord], num_requested: int, max
         DataError: too many bad records; lists the first few.
     """
     if len(bad_records) > max_fraction * num_requested:
-        raise _too_many(bad_records, bad_records[0].source, len(bad_records), num_requested, max_fraction)
+        raise _too_many_error(bad_records, bad_records[0].source, len(bad_records), num_requested, max_fraction)
 
 
-def _too_many(
+def _too_many_error(
     known: Sequence[BadRecord], source: str, num_skipped: int, num_requested: int, max_fraction: float, where: str = ""
 ) -> DataError:
     listing = "; ".join(f"{record.key}: {record.reason}" for record in sorted(known, key=str)[:MAX_EXAMPLES])

@@ -329,7 +329,7 @@ class DataConfig:
                 )
             previous = stage.last_step
         if self.batch_ramp and self.drop_remainder:
-            raise DataError("drop_remainder with batch_ramp: an epoch is no multiple of several sizes; remove one")
+            raise DataError("drop_remainder with batch_ramp: the batch size changes within an epoch; remove one")
         if not 0 <= self.max_bad_fraction <= 1:
             raise DataError(f"max_bad_fraction={self.max_bad_fraction} is a fraction, expected 0 to 1")
         synthetic = all(source.format == "digitworld" for source in self.sources.values())

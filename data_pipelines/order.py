@@ -110,8 +110,8 @@ class HostSlice(grain.MapDataset[Element]):
     ) -> None:
         super().__init__(parent)
         self._batches, self._rows = batches, {size: shards.rows(size) for size in batches.sizes}
-        self._own = BatchSchedule([len(self._rows[size]) for size in batches.sizes], batches.ends)
-        self._start = self._own.start(start_step)
+        self._host_schedule = BatchSchedule([len(self._rows[size]) for size in batches.sizes], batches.ends)
+        self._start = self._host_schedule.start(start_step)
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -119,12 +119,12 @@ class HostSlice(grain.MapDataset[Element]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        batch, row = self._own.locate(self._start + index)
+        batch, row = self._host_schedule.locate(self._start + index)
         return self._parent[self._batches.start(batch) + self._rows[self._batches.size(batch)][row]]
 
 
 class _Mixture(grain.transforms.DatasetSelectionMap):
-    """The source of every position, and the element there: in a stage as in ``grain.MapDataset.mix``.
+    """The source of every position, and its index there; in a stage, sources are mixed as by ``grain.MapDataset.mix``.
 
     Every source continues where it was left when the weights change.
 
@@ -135,10 +135,10 @@ class _Mixture(grain.transforms.DatasetSelectionMap):
     def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]) -> None:
         self._starts = [start for start, _ in stages]
         self._proportions = [_proportions(weights) for _, weights in stages]
-        self._drawn = [[0] * len(self._proportions[0])]  # of each source, before the stage
+        self._num_before_stage = [[0] * len(self._proportions[0])]  # of each source, before the stage
         for i, length in enumerate(np.diff(self._starts).tolist()):
             counts = _counts(length, self._proportions[i])
-            self._drawn.append([a + b for a, b in zip(self._drawn[i], counts, strict=True)])
+            self._num_before_stage.append([a + b for a, b in zip(self._num_before_stage[i], counts, strict=True)])
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -148,7 +148,7 @@ class _Mixture(grain.transforms.DatasetSelectionMap):
         offset, proportions = index - self._starts[stage], self._proportions[stage]
         before, after = _counts(offset, proportions), _counts(offset + 1, proportions)
         source = next(i for i, count in enumerate(after) if count > before[i])
-        return source, self._drawn[stage][source] + before[source]
+        return source, self._num_before_stage[stage][source] + before[source]
 
 
 def _proportions(weights: Sequence[float]) -> list[int]:
@@ -158,12 +158,12 @@ def _proportions(weights: Sequence[float]) -> list[int]:
 
 
 def _counts(length: int, proportions: Sequence[int]) -> list[int]:
-    """Return how many of the first ``length`` positions of a stage each source has."""
+    """Return how many of the first ``length`` elements of a stage come from each source."""
     remaining, counts = sum(proportions), []
     for proportion in proportions:
-        others = length * (remaining - proportion) // max(remaining, 1)
-        counts.append(length - others)
-        length, remaining = others, remaining - proportion
+        num_remaining = length * (remaining - proportion) // max(remaining, 1)
+        counts.append(length - num_remaining)
+        length, remaining = num_remaining, remaining - proportion
     return counts
 
 

@@ -51,7 +51,7 @@ class CropWindow:
         return np.asarray(resized)
 
     def apply_swscale(self, image: Image.Image, scale: float = 1.0) -> UInt8[np.ndarray, "size size 3"]:
-        """Do as ``apply_pil`` by libswscale, which reads no pixels outside the window, and rounds its corners."""
+        """Crop and resize like ``apply_pil``, but by libswscale: it reads only the window, rounded to whole pixels."""
         left, top, right, bottom = (
             round(scale * side) for side in (self.left, self.top, self.left + self.width, self.top + self.height)
         )

@@ -49,7 +49,7 @@ _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.
 # Containers with presentation times. In others they are known only if frames are stored in presentation order.
 _TIMED_FORMATS = frozenset({"flv", "matroska", "mov", "mpegts"})
 # Codecs with one frame per packet, and whose key frames need nothing before them.
-_KEYED_CODECS = frozenset({"av1", "h264", "hevc", "mjpeg", "mpeg4", "png", "vp9"})
+_RANDOM_ACCESS_CODECS = frozenset({"av1", "h264", "hevc", "mjpeg", "mpeg4", "png", "vp9"})
 # Codecs whose decoders can skip, packet by packet, frames that no other frame needs.
 _SKIPPING_CODECS = frozenset({"h264", "hevc", "mpeg4"})
 # Formats of frames that libswscale crops at any position. Of others its crop is wrong where a position is odd.
@@ -57,7 +57,7 @@ _SCALED_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv4
 # Equal results on all processors, and chroma that is interpolated.
 _SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+bitexact"
 # Opening a container decodes its first frames, to know what random access does not need; this skips them.
-_UNPROBED = {"skip_frame": "all"}
+_NO_PROBE_OPTIONS = {"skip_frame": "all"}
 
 Frame = UInt8[np.ndarray, "y x 3"]
 TransformedFrame = UInt8[np.ndarray, "Y X 3"]
@@ -228,7 +228,7 @@ def _open(media: Media, data: bytes | str, *, is_probed: bool = True) -> Iterato
     """Open the container and its first video stream, except cover art."""
     # The "file:" prefix keeps a name that looks like a URL from being opened as one.
     file = BytesIO(data) if isinstance(data, bytes) else f"file:{data}"
-    options = {"format_whitelist": ",".join(VIDEO_FORMATS)} | ({} if is_probed else _UNPROBED)
+    options = {"format_whitelist": ",".join(VIDEO_FORMATS)} | ({} if is_probed else _NO_PROBE_OPTIONS)
     with av.open(file, options=options, **_LENIENT) as container:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
@@ -264,7 +264,7 @@ def _read_packets(media: Media, container: Any, stream: Any) -> _Packets:
     has_times = bool(_TIMED_FORMATS & set(container.format.name.split(","))) or bool((pts == dts).all())
     if not (
         has_times
-        and stream.codec_context.codec.canonical_name in _KEYED_CODECS
+        and stream.codec_context.codec.canonical_name in _RANDOM_ACCESS_CODECS
         and key[0]
         and not discard.all()
         and pts[0] <= pts[~discard].min()
@@ -317,11 +317,11 @@ def _check_limits(media: Media, frames: Iterable[Any]) -> Iterator[Any]:
     for count, frame in enumerate(frames, start=1):
         check_size(media, frame.width, frame.height)
         pixels += frame.width * frame.height
-        _check_work(media, count, pixels)
+        _check_decode_limits(media, count, pixels)
         yield frame
 
 
-def _check_work(media: Media, frames: int, pixels: int) -> None:
+def _check_decode_limits(media: Media, frames: int, pixels: int) -> None:
     if frames > MAX_FRAMES or pixels > MAX_DECODED_PIXELS:
         raise DataError(
             f"{media.name} needs more decoding than MAX_FRAMES = {MAX_FRAMES:,} or MAX_DECODED_PIXELS = "
@@ -400,7 +400,7 @@ def _read_animation(
     """Decode an image that Pillow opened, twice, as ``_read_all``."""
     # The first image of a PNG may be a fallback for programs without support for animations.
     numbers = range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1))
-    _check_work(media, len(numbers), len(numbers) * image.width * image.height)
+    _check_decode_limits(media, len(numbers), len(numbers) * image.width * image.height)
     milliseconds = [0.0]
     for number in numbers:
         image.seek(number)

@@ -78,14 +78,15 @@ def prefetch(items: grain.MapDataset[Item], config: DataConfig, multiple: int = 
     threads = dataclasses.replace(threads, prefetch_buffer_size=max(1, config.num_threads))
     size, num_buffered = _buffer_sizes(config, multiple)
     groups = grain.experimental.WithOptionsIterDataset(
-        _Groups(items, size).to_iter_dataset(threads), grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES)
+        _ExampleGroups(items, size).to_iter_dataset(threads),
+        grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES),
     )
     processes = grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=num_buffered)
     iterator = iter(groups.mp_prefetch(processes, functools.partial(_initialize_worker, retry_limit())))
     for arrays, group in _receive_all(iterator, config.num_workers):
         row = itertools.count()
         for has_arrays, item in group:
-            yield _attach(_arrays_of_row(arrays, next(row)), item) if has_arrays else item
+            yield _merge_arrays(_arrays_of_row(arrays, next(row)), item) if has_arrays else item
 
 
 def check_workers(configs: Mapping[str, DataConfig], num_hosts: int = 1, num_batches: int = 1) -> None:
@@ -109,7 +110,7 @@ def check_workers(configs: Mapping[str, DataConfig], num_hosts: int = 1, num_bat
         block.unlink()
     except OSError as error:
         raise DataError(
-            f"{fields} need shared memory, which this machine does not give ({error.strerror or error}); mount "
+            f"{fields} need shared memory, which is not available on this machine ({error.strerror or error}); mount "
             f"{SHARED_MEMORY}, or set num_workers to 0"
         ) from error
     needed = sum(
@@ -122,7 +123,7 @@ def check_workers(configs: Mapping[str, DataConfig], num_hosts: int = 1, num_bat
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers > cores:
-        logging.warning("%s: %d workers on %d cores; more than cores only cost memory", fields, num_workers, cores)
+        logging.warning("%s: %d workers on %d cores; extra workers only use memory", fields, num_workers, cores)
 
 
 def fit_prefetch(configs: Mapping[str, DataConfig], num_bytes: int) -> dict[str, DataConfig]:
@@ -141,7 +142,7 @@ def example_bytes(config: DataConfig) -> int:
     )
 
 
-class _Groups(grain.MapDataset[Any]):
+class _ExampleGroups(grain.MapDataset[Any]):
     """Items as workers send them: some at a time, their arrays stacked apart, and errors that can be pickled."""
 
     def __init__(self, items: grain.MapDataset[Any], size: int) -> None:
@@ -156,7 +157,7 @@ class _Groups(grain.MapDataset[Any]):
             return self.slice(index)
         start = index * self._size
         try:
-            rows = [_detach(self._parent[i]) for i in range(start, min(start + self._size, len(self._parent)))]
+            rows = [_split_arrays(self._parent[i]) for i in range(start, min(start + self._size, len(self._parent)))]
         except Exception as error:
             raise _make_picklable(error) from error
         arrays = [row for row, _ in rows if row]
@@ -186,13 +187,13 @@ def _max_shared(config: DataConfig, num_hosts: int = 1, num_batches: int = 1) ->
     return max(config.prefetch, 4 * config.num_workers) + 3 * size + num_batches * rows
 
 
-def _detach(item: Any) -> tuple[Arrays, Any]:
+def _split_arrays(item: Any) -> tuple[Arrays, Any]:
     """Return the arrays of an item's example, and the item without them."""
     example = getattr(item, "example", item)
     if not isinstance(example, Example):
         return {}, item
-    bare = dataclasses.replace(example, arrays={})
-    return example.arrays, bare if example is item else item._replace(example=bare)
+    without_arrays = dataclasses.replace(example, arrays={})
+    return example.arrays, without_arrays if example is item else item._replace(example=without_arrays)
 
 
 def _arrays_of_row(arrays: Arrays, row: int) -> Arrays:
@@ -201,13 +202,13 @@ def _arrays_of_row(arrays: Arrays, row: int) -> Arrays:
     return {name: array if array.nbytes >= MIN_SHARED_BYTES else array.copy() for name, array in rows.items()}
 
 
-def _attach(arrays: Arrays, item: Any) -> Any:
-    """Return the item that ``_detach`` was given."""
+def _merge_arrays(arrays: Arrays, item: Any) -> Any:
+    """Return the item that ``_split_arrays`` was given."""
     example = getattr(item, "example", item)
     if not isinstance(example, Example):
         return item
-    whole = dataclasses.replace(example, arrays=arrays)
-    return whole if example is item else item._replace(example=whole)
+    merged = dataclasses.replace(example, arrays=arrays)
+    return merged if example is item else item._replace(example=merged)
 
 
 def _make_picklable(error: Exception) -> Exception:
@@ -264,7 +265,7 @@ def _receive_all(iterator: Any, num_workers: int) -> Generator[tuple[Arrays, lis
             with contextlib.suppress(queue.Empty):
                 received.get(timeout=0.05)  # let the thread end
         if thread.is_alive():
-            _abandon(workers)
+            _kill_workers(workers)
 
 
 def _wait_for(received: "queue.Queue[Any]", workers: "Sequence[BaseProcess]") -> Any:
@@ -281,7 +282,7 @@ def _wait_for(received: "queue.Queue[Any]", workers: "Sequence[BaseProcess]") ->
                 raise DataWorkerError(_reason(int(killed.exitcode or 0))) from None
 
 
-def _abandon(workers: "Sequence[BaseProcess]") -> None:
+def _kill_workers(workers: "Sequence[BaseProcess]") -> None:
     """Kill workers, and let the end of the program not wait for the locks that they held."""
     for worker in workers:
         worker.kill()

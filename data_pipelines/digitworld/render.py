@@ -9,18 +9,18 @@ from data_pipelines.digitworld.digits import glyph_image
 from data_pipelines.digitworld.scene import COLOURS, Scene, Thing
 from data_pipelines.record import Box
 
-GRAIN = 10  # gray levels of the background's noise
+NOISE_LEVELS = 10  # gray levels of the background's noise
 
 
 def render(scene: Scene, size: int, num_frames: int) -> UInt8[np.ndarray, "t y x 3"]:
     """Render ``num_frames`` square frames of side ``size``; a single frame shows the scene at time 0."""
-    grain = np.random.default_rng(scene.noise).integers(0, GRAIN, (size, size, 1), np.uint8)
-    frames = np.repeat((np.array(scene.tint, np.uint8) + grain)[None], num_frames, axis=0)
+    noise = np.random.default_rng(scene.noise).integers(0, NOISE_LEVELS, (size, size, 1), np.uint8)
+    frames = np.repeat((np.array(scene.tint, np.uint8) + noise)[None], num_frames, axis=0)
     for t, frame in enumerate(frames):
         time = t / max(num_frames - 1, 1)
         for thing in scene.things:  # the larger first, so that a smaller one stays visible when they cross
             if thing.visible_at(time):
-                _draw(frame, thing, time)
+                _paint(frame, thing, time)
     return frames
 
 
@@ -41,7 +41,7 @@ def _square(thing: Thing, size: int, time: float) -> tuple[int, int, int]:
     return int(x * size), int(y * size), int(thing.side * size)
 
 
-def _draw(frame: UInt8[np.ndarray, "y x 3"], thing: Thing, time: float) -> None:
+def _paint(frame: UInt8[np.ndarray, "y x 3"], thing: Thing, time: float) -> None:
     x, y, side = _square(thing, len(frame), time)
     background = frame[y : y + side, x : x + side]
     opacity = _stencil(thing.glyph, side)[..., None]

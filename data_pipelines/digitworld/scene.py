@@ -1,4 +1,4 @@
-"""Scenes, and drawing them at random.
+"""Scenes, and how they are sampled.
 
 A scene is one digit, or two that differ in digit, color, size and place, so that "the red one", "the seven" and "the
 large digit" each refer to exactly one thing. Lengths are fractions of the canvas; time is 0 at the first frame of a
@@ -76,11 +76,11 @@ class Scene:
 
     things: tuple[Thing, ...]
     tint: tuple[int, int, int]
-    noise: int  # seed of the background's grain
+    noise: int  # seed of the background's noise
 
 
-def draw_scene(rng: np.random.Generator, split: Split, *, moving: bool) -> Scene:
-    """Draw a scene; with ``moving``, each of its things stays still, moves or appears.
+def sample_scene(rng: np.random.Generator, split: Split, *, moving: bool) -> Scene:
+    """Sample a scene; with ``moving``, each of its things stays still, moves or appears.
 
     Things never overlap in an image, nor in the first and last frames of a video; between them they may cross.
     """
@@ -88,7 +88,7 @@ def draw_scene(rng: np.random.Generator, split: Split, *, moving: bool) -> Scene
     sizes = ("large", "small") if count == 2 else (("large", "small")[rng.integers(2)],)
     digits, colours, places = (rng.permutation(n) for n in (len(DIGITS), len(COLOURS), len(PLACES)))
     things = tuple(
-        _draw_thing(rng, split, int(digit), tuple(COLOURS)[colour], size, PLACES[place])
+        _sample_thing(rng, split, int(digit), tuple(COLOURS)[colour], size, PLACES[place])
         for digit, colour, place, size in zip(digits, colours, places, sizes, strict=False)
     )
     if moving:
@@ -96,7 +96,7 @@ def draw_scene(rng: np.random.Generator, split: Split, *, moving: bool) -> Scene
     return Scene(things, TINTS[rng.integers(len(TINTS))], int(rng.integers(2**31)))
 
 
-def _draw_thing(rng: np.random.Generator, split: Split, digit: int, colour: str, size: str, place: str) -> Thing:
+def _sample_thing(rng: np.random.Generator, split: Split, digit: int, colour: str, size: str, place: str) -> Thing:
     glyphs = glyphs_for(digit, split)
     x, y = rng.random(2) * (0.5 - SIZES[size])
     corner = float(x) + 0.5 * place.endswith("right"), float(y) + 0.5 * place.startswith("bottom")
@@ -105,14 +105,14 @@ def _draw_thing(rng: np.random.Generator, split: Split, digit: int, colour: str,
 
 def _set_in_motion(rng: np.random.Generator, things: tuple[Thing, ...]) -> tuple[Thing, ...]:
     while True:
-        moving = tuple(dataclasses.replace(thing, motion=_draw_motion(rng, thing.place)) for thing in things)
+        moving = tuple(dataclasses.replace(thing, motion=_sample_motion(rng, thing.place)) for thing in things)
         # In a scene of two, something is visible in every frame, and no thing ends up behind another.
         if len(moving) == 1 or (_are_disjoint(*moving) and sum(thing.motion.kind == "appears" for thing in moving) < 2):
             return moving
 
 
-def _draw_motion(rng: np.random.Generator, place: str) -> Motion:
-    """Draw a motion: still, appearing, or moving towards another quarter, so that it stays on the canvas."""
+def _sample_motion(rng: np.random.Generator, place: str) -> Motion:
+    """Sample a motion: still, appearing, or moving towards another quarter, so that it stays on the canvas."""
     choice = rng.random()
     if choice < 0.15:
         return Motion("still")

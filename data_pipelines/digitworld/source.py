@@ -10,7 +10,7 @@ from data_pipelines.config import Kind
 from data_pipelines.digitworld import language
 from data_pipelines.digitworld.digits import Split
 from data_pipelines.digitworld.render import bounding_box, render
-from data_pipelines.digitworld.scene import DIGITS, DIRECTIONS, Scene, draw_scene
+from data_pipelines.digitworld.scene import DIGITS, DIRECTIONS, Scene, sample_scene
 from data_pipelines.errors import DataError
 from data_pipelines.record import Expression, Record
 
@@ -67,22 +67,22 @@ class DigitWorld:
         """Return the number of records."""
         return self.size
 
-    def _draw(self, index: int) -> tuple[Scene, bool, np.random.Generator]:
+    def _sample(self, index: int) -> tuple[Scene, bool, np.random.Generator]:
         """Return a scene, whether its things may move, and the generator for its annotations."""
         if not 0 <= index < self.size:
             raise IndexError(f"record {index} of a DigitWorld of {self.size}")
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), KINDS.index(self.kind), index])
         moving = self.kind == "video" or (self.kind == "text" and bool(rng.integers(2)))
-        return draw_scene(rng, self.split, moving=moving), moving, rng
+        return sample_scene(rng, self.split, moving=moving), moving, rng
 
     def scene(self, index: SupportsIndex) -> Scene:
         """Return the scene of a record. Raises IndexError outside 0..size-1."""
-        return self._draw(operator.index(index))[0]
+        return self._sample(operator.index(index))[0]
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         """Return one record. Raises IndexError outside 0..size-1."""
         index = operator.index(index)
-        scene, moving, rng = self._draw(index)
+        scene, moving, rng = self._sample(index)
         key = f"digitworld/{self.kind}/{self.split}/{self.seed}/{index}"
         if self.kind == "text":
             return Record(

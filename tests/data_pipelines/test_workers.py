@@ -413,9 +413,7 @@ def test_workers_are_checked_against_the_machine(
     check_workers({"a": with_workers(config, 2)})
     assert caplog.messages == []
     check_workers({"a": with_workers(config, 2), "b": with_workers(config, 1)})
-    assert caplog.messages == [
-        "a.num_workers=2, b.num_workers=1: 3 workers on 2 cores; more than cores only cost memory"
-    ]
+    assert caplog.messages == ["a.num_workers=2, b.num_workers=1: 3 workers on 2 cores; extra workers only use memory"]
 
     usage = type(shutil.disk_usage("/"))(2**30, 2**30, 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -431,5 +429,5 @@ def test_workers_are_checked_against_the_machine(
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr("data_pipelines.workers.SharedMemory", refuse)
-    with pytest.raises(DataError, match=r"a\.num_workers=2 need shared memory, which this machine does not give"):
+    with pytest.raises(DataError, match=r"a\.num_workers=2 need shared memory, which is not available on this machine"):
         check_workers({"a": with_workers(config, 2)})
