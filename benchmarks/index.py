@@ -97,7 +97,7 @@ def open_stream(path: str) -> None:
         print_row(f"    batch of {BATCH} of step {step:,}", read)
         print_row("        records and keys", "; ".join(f"{row.ref.index:,} = {row.example.key}" for row in rows[:2]))
     with measure() as fingerprinted:
-        stream.position()
+        stream.fingerprint()
     print_row("    fingerprint of the files", fingerprinted)
     peak = read_memory("VmHWM")
     print_row("    memory: peak of the process, and growth", f"{peak:.2f} GiB, {read_memory('VmRSS') - before:.2f} GiB")

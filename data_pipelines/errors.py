@@ -6,7 +6,7 @@ class DataError(Exception):
 
 
 class StorageUnavailableError(Exception):
-    """Storage that did not answer for longer than requests are repeated; starting again later may help.
+    """Storage that did not answer for longer than requests are retried; starting again later may help.
 
     Neither an ``OSError`` nor a ``DataError``, so that nothing mistakes it for a missing or damaged file. The command
     line prints it and exits with status 69 (EX_UNAVAILABLE), after which launchers start the run again.

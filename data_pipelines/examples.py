@@ -31,7 +31,7 @@ from data_pipelines.text import (
     release_prompt_length,
     release_read_caption,
 )  # fmt: skip
-from data_pipelines.tokenizers import Tokenizer, WordPieceTokenizer, fingerprint
+from data_pipelines.tokenizers import Tokenizer, WordPieceTokenizer, vocab_fingerprint
 from data_pipelines.visual import Visual
 
 BOX_BINS = 32
@@ -206,10 +206,10 @@ def _sample_text(
     if choices or not record.tokens:
         text = choices[rng.integers(len(choices))]
         return text, _encode_text(text, config, tokenizer)
-    if len(record.tokens) > config.text_length or record.tokenizer != fingerprint(tokenizer):
+    if len(record.tokens) > config.text_length or record.tokenizer != vocab_fingerprint(tokenizer):
         raise DataError(
             f"record {record.key} has {len(record.tokens)} tokens of tokenizer {record.tokenizer}, expected at most "
-            f"text_length={config.text_length} of {fingerprint(tokenizer)}; chunk the corpus again"
+            f"text_length={config.text_length} of {vocab_fingerprint(tokenizer)}; chunk the corpus again"
         )
     return tokenizer.decode(record.tokens), list(record.tokens)
 

@@ -24,7 +24,7 @@ from data_pipelines.examples import Example, encode_references, make_example
 from data_pipelines.media import KIND_NOUNS
 from data_pipelines.order import SINGLE_HOST, BatchSchedule, HostShards, HostSlice, RecordRef, infinite_shuffled_mixture
 from data_pipelines.record import Record, Source
-from data_pipelines.sources.fingerprint import fingerprint
+from data_pipelines.sources.fingerprint import source_fingerprint
 from data_pipelines.sources.formats import open_source
 from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.visual import Visual, load_visual
@@ -204,7 +204,7 @@ class Stream:
         }
         return {name: weight / sum(raw.values()) for name, weight in raw.items()}
 
-    def position(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         """Return what determines the records of a step, besides its number, with a fingerprint of each source's files.
 
         Raises:
@@ -217,7 +217,7 @@ class Stream:
 
     @functools.cached_property
     def _fingerprints(self) -> Mapping[str, Mapping[str, Any]]:
-        return {name: fingerprint(source) for name, source in self._config.sources.items()}
+        return {name: source_fingerprint(source) for name, source in self._config.sources.items()}
 
     def references(self, max_records: int) -> Iterator[Int[np.ndarray, "r m"]]:
         """Yield the captions of up to ``max_records`` records, evenly from all sources, encoded as ``references``.
@@ -231,14 +231,14 @@ class Stream:
                     if captions := source[index].captions:
                         yield encode_references(captions, self._config.examples, self._tokenizer)
 
-    def batch_size(self, step: int) -> int:
-        """Return the size of the batch of step ``step`` (the first is 0)."""
-        return self._batches.size(step)
+    def batch_size(self, batch_index: int) -> int:
+        """Return the size of a batch; indices count from 0."""
+        return self._batches.size(batch_index)
 
-    def batch(self, step: int) -> LoadedBatch:
-        """Return the whole batch of step ``step`` (the first is 0), built from its number alone."""
-        start = self._batches.start(step)
-        return _collate_batch([self.examples[start + row] for row in range(self.batch_size(step))])
+    def batch(self, batch_index: int) -> LoadedBatch:
+        """Return a whole batch, built from its index alone; indices count from 0."""
+        start = self._batches.start(batch_index)
+        return _collate_batch([self.examples[start + row] for row in range(self.batch_size(batch_index))])
 
     def batches(self, start_step: int = 0, shards: HostShards = SINGLE_HOST) -> Generator[LoadedBatch, None, None]:
         """Yield this host's rows of the batches of step ``start_step``, ``start_step + 1``, ... without end."""

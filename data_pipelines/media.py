@@ -106,8 +106,8 @@ def read_head(data: bytes | str) -> bytes:
     if isinstance(data, bytes):
         return data[:HEAD_BYTES]
     if is_url(data):
-        system, plain = file_system(data)
-        return system.cat_file(plain, 0, HEAD_BYTES)
+        fs, fs_path = file_system(data)
+        return fs.cat_file(fs_path, 0, HEAD_BYTES)
     with open(data, "rb") as file:
         return file.read(HEAD_BYTES)
 
@@ -164,10 +164,10 @@ def _fetch(media: Media) -> bytes | str:
     """Read a remote file, since decoders take a failed read for damage; return anything else as it is."""
     if isinstance(media.data, bytes) or not is_remote(media.data):
         return media.data
-    system, plain = file_system(media.data)
-    if system.is_local and int(system.info(plain)["size"]) > MAX_FETCHED_BYTES:
+    fs, fs_path = file_system(media.data)
+    if fs.is_local and int(fs.info(fs_path)["size"]) > MAX_FETCHED_BYTES:
         return media.data
-    data = system.cat_file(plain, 0, MAX_FETCHED_BYTES + 1)
+    data = fs.cat_file(fs_path, 0, MAX_FETCHED_BYTES + 1)
     if len(data) > MAX_FETCHED_BYTES:
         raise DataError(
             f"{media.name} is larger than MAX_FETCHED_BYTES = {MAX_FETCHED_BYTES:,}; cut it into shorter videos"
@@ -219,7 +219,7 @@ def encode_video(frames: UInt8[np.ndarray, "t y x 3"], fps: float = 4.0, scale: 
     return file.getvalue()
 
 
-def join_frames(frames: Sequence[bytes], name: str, fps: int = 25) -> bytes:
+def mux_frames(frames: Sequence[bytes], name: str, fps: int = 25) -> bytes:
     """Return a QuickTime video of encoded frames, PNG or JPEG, which are copied as they are.
 
     Args:

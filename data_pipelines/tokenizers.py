@@ -221,7 +221,7 @@ class SentencePieceTokenizer:
 
 
 @functools.lru_cache(maxsize=8)
-def fingerprint(tokenizer: Tokenizer) -> str:
+def vocab_fingerprint(tokenizer: Tokenizer) -> str:
     """Return a fingerprint of a vocabulary, equal for tokenizers with the same token for every id."""
     pieces = "\n".join(tokenizer.tokens(range(tokenizer.vocab_size)))
     return hashlib.blake2b(pieces.encode(), digest_size=8).hexdigest()

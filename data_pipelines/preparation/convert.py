@@ -18,7 +18,7 @@ from data_pipelines.preparation.jobs import SINGLE_WORKER, Job, Worker
 from data_pipelines.preparation.shards import (
     ShardManifest,
     check_manifest,
-    open_folder,
+    prepare_output_folder,
     read_manifest,
     write_shard,
 )
@@ -54,9 +54,9 @@ def convert(
     """
     if not 1 <= shards <= len(source):
         raise DataError(f"cannot write {shards} shards of {len(source)} records; expected 1 to {len(source)} shards")
-    paths = open_folder(out, Job("convert", dict(settings), shards))
+    paths = prepare_output_folder(out, Job("convert", dict(settings), shards))
     bounds = [len(source) * i // shards for i in range(shards + 1)]
-    parts = worker.share(list(zip(paths, bounds[:-1], bounds[1:], strict=True)))
+    parts = worker.select_share(list(zip(paths, bounds[:-1], bounds[1:], strict=True)))
     for path, first, stop in parts:
         if manifest := read_manifest(path):
             check_manifest(path, manifest, settings, first, stop)

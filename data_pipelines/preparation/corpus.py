@@ -7,13 +7,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines.errors import DataError
 from data_pipelines.preparation.jobs import SINGLE_WORKER, Job, Worker
-from data_pipelines.preparation.shards import ShardManifest, open_folder, write_shard
+from data_pipelines.preparation.shards import ShardManifest, prepare_output_folder, write_shard
 from data_pipelines.record import Record
 from data_pipelines.sources.array_record import SUFFIX, encode_record
 from data_pipelines.sources.files import read_lines
-from data_pipelines.storage.local_files import write_locally
+from data_pipelines.storage.local_files import staged_write
 from data_pipelines.storage.paths import check_can_write
-from data_pipelines.tokenizers import Tokenizer, fingerprint
+from data_pipelines.tokenizers import Tokenizer, vocab_fingerprint
 
 Progress = Callable[[int], None]
 
@@ -29,7 +29,7 @@ def chunk_corpus(lines: Iterable[str], tokenizer: Tokenizer, length: int, key_pr
     capacity = length - 2
     if capacity < 1:
         raise DataError(f"the chunk length is {length}, expected at least 3 to hold [CLS], a token and [SEP]")
-    name, number, pending = fingerprint(tokenizer), 0, list[int]()
+    name, number, pending = vocab_fingerprint(tokenizer), 0, list[int]()
 
     def chunk(tokens: Sequence[int]) -> Record:
         return Record(f"{key_prefix}{number}", tokens=(tokenizer.cls_id, *tokens, tokenizer.sep_id), tokenizer=name)
@@ -57,7 +57,7 @@ def write_corpus(
         raise DataError(f"{out} exists or does not end in {SUFFIX}; choose another name")
     check_can_write(out)
     count = 0
-    with write_locally(str(out)) as temporary:
+    with staged_write(str(out)) as temporary:
         writer = ArrayRecordWriter(temporary, "group_size:1,zstd")
         for record in chunk_corpus(read_lines(files, on_progress), tokenizer, length):
             writer.write(encode_record(record))
@@ -101,13 +101,13 @@ def write_corpus_shards(
     if not 1 <= shards <= max(1, sum(sizes)):
         raise DataError(f"cannot write {shards} shards of {sum(sizes):,} bytes of text; expected at least 1 byte each")
     settings = {
-        "texts": list(map(str, files)), "bytes": sizes, "tokenizer": fingerprint(tokenizer), "length": length
+        "texts": list(map(str, files)), "bytes": sizes, "tokenizer": vocab_fingerprint(tokenizer), "length": length
     }  # fmt: skip
-    paths = open_folder(out, Job("chunk", settings, shards))
+    paths = prepare_output_folder(out, Job("chunk", settings, shards))
     bounds = [sum(sizes) * i // shards for i in range(shards + 1)]
     parts = list(zip(range(shards), paths, bounds[:-1], bounds[1:], strict=True))
     done = 0
-    for number, path, start, stop in worker.share(parts):
+    for number, path, start, stop in worker.select_share(parts):
         lines = read_lines(files, lambda count, done=done: on_progress(done + count), start=start, stop=stop)
         chunks = chunk_corpus(lines, tokenizer, length, f"{number:05}-")
         yield path, write_shard(path, settings, start, stop, "zstd", map(encode_record, chunks))

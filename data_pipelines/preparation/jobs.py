@@ -32,7 +32,7 @@ class Worker:
     index: int = 0
     count: int = 1
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+    def select_share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return the items that are this worker's."""
         return items[self.index :: self.count]
 
@@ -68,8 +68,8 @@ def join_job(folder: Path, job: Job) -> None:
         DataError: the folder is that of another job.
     """
     data = msgspec.json.format(msgspec.json.encode(job, order="sorted"), indent=1)
-    system, path = file_system(str(folder / JOB_FILE))
-    if system.exists(path) or not system.create(path, data):
+    fs, fs_path = file_system(str(folder / JOB_FILE))
+    if fs.exists(fs_path) or not fs.create(fs_path, data):
         _check_same(folder, job, _read_other(folder))
 
 

@@ -16,7 +16,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.preparation.jobs import JOB_FILE, Job, join_job, read_job
 from data_pipelines.sources.array_record import SUFFIX
 from data_pipelines.storage.file_system import file_system, write_atomically
-from data_pipelines.storage.local_files import write_locally
+from data_pipelines.storage.local_files import staged_write
 from data_pipelines.storage.paths import check_can_write
 
 FORMAT_VERSION = 2
@@ -42,7 +42,7 @@ def shard_paths(folder: Path, count: int) -> list[Path]:
     return [folder / f"data-{i:05}-of-{count:05}{SUFFIX}" for i in range(count)]
 
 
-def open_folder(folder: Path, job: Job) -> list[Path]:
+def prepare_output_folder(folder: Path, job: Job) -> list[Path]:
     """Create the folder of a job's shards, if there is none, and return their paths.
 
     Raises:
@@ -81,8 +81,8 @@ def summarize_shards(folder: Path) -> ShardSummary:
         DataError: a file is damaged.
     """
     job = read_job(folder)
-    system, plain = file_system(str(folder))
-    infos = system.find(plain, maxdepth=1, detail=True)
+    fs, fs_path = file_system(str(folder))
+    infos = fs.find(fs_path, maxdepth=1, detail=True)
     sizes = {name.rpartition("/")[2]: int(info["size"]) for name, info in infos.items()}
     summary = ShardSummary(job, 0, 0, [], [])
     for path in shard_paths(folder, job.files):
@@ -123,7 +123,7 @@ def write_shard(
         check_manifest(path, manifest, settings, first, stop)
         if check_shard(path):
             return manifest
-    with write_locally(str(path)) as temporary:
+    with staged_write(str(path)) as temporary:
         writer, num_written, bad_records = ArrayRecordWriter(temporary, f"group_size:1,{compression}"), 0, []
         for record in records:
             if isinstance(record, BadRecord):

@@ -35,7 +35,7 @@ MIN_PART_RECORDS, MAX_PARTS = 10_000, 1000
 """Records of a source that are checked as one part, at least, and parts of a source, at most."""
 
 
-class Part(msgspec.Struct, kw_only=True):
+class RecordRange(msgspec.Struct, kw_only=True):
     """Records of a source that one worker checks, and what it found."""
 
     source: str  # its name
@@ -115,7 +115,7 @@ class SourceChecks:
 
     def check(
         self, number: int, on_progress: Callable[[int], None] = lambda done: None, *, keep_keys: bool = False
-    ) -> Part:
+    ) -> RecordRange:
         """Check the records and files of a part.
 
         Args:
@@ -124,7 +124,7 @@ class SourceChecks:
             keep_keys: return the keys too, for who joins parts without the source.
         """
         rows = self.records_of(number)
-        part = Part(source=self.title, first=rows.start, records=len(rows))
+        part = RecordRange(source=self.title, first=rows.start, records=len(rows))
         errors, lengths, seconds = (collections.Counter[Any]() for _ in range(3))
         indices: grain.MapDataset[int] = grain.MapDataset.range(rows.start, rows.stop)
         checked = indices.map(lambda index: _check(self.builder, RecordRef(self.name, index, 0), self.views))
@@ -165,7 +165,7 @@ def validate(checks: SourceChecks, on_progress: Callable[[int], None] = lambda d
             with contextlib.suppress(DataError):  # an unreadable record has its index for a key
                 yield checks.source[index].key
 
-    def check_all() -> Iterator[Part]:
+    def check_all() -> Iterator[RecordRange]:
         for number in range(checks.num_parts):
             start = checks.records_of(number).start
             yield checks.check(number, lambda done, start=start: on_progress(start + done))
@@ -198,7 +198,7 @@ def validate_share(
     out.mkdir(parents=True, exist_ok=True)
     join_job(out, Job("validate", {**settings, "sources": lengths}, len(parts)))
     done = 0
-    for path, (checks, number) in worker.share(list(zip(_part_paths(out, len(parts)), parts, strict=True))):
+    for path, (checks, number) in worker.select_share(list(zip(_part_paths(out, len(parts)), parts, strict=True))):
         if _read_part(path) is None:
             part = checks.check(number, lambda count, done=done: on_progress(done + count), keep_keys=True)
             write_atomically(str(path), msgspec.msgpack.encode(part))
@@ -209,7 +209,7 @@ def validate_share(
 def count_share(sources: Sequence[SourceChecks], worker: Worker) -> int:
     """Return the number of records in a worker's share."""
     parts = [checks.records_of(number) for checks in sources for number in range(checks.num_parts)]
-    return sum(map(len, worker.share(parts)))
+    return sum(map(len, worker.select_share(parts)))
 
 
 def read_reports(folder: Path) -> dict[str, ValidationReport]:
@@ -227,7 +227,7 @@ def read_reports(folder: Path) -> dict[str, ValidationReport]:
             "workers again"
         )
 
-    def read_parts() -> Iterator[Part]:
+    def read_parts() -> Iterator[RecordRange]:
         for path in paths:
             part = _read_part(path)
             if part is None:
@@ -249,15 +249,15 @@ def _part_paths(folder: Path, count: int) -> list[Path]:
     return [folder / f"part-{i:05}-of-{count:05}.msgpack" for i in range(count)]
 
 
-def _read_part(path: Path) -> Part | None:
+def _read_part(path: Path) -> RecordRange | None:
     """Return what is known of a part; None if it was not checked, or the file is damaged."""
     try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=Part)
+        return msgspec.msgpack.decode(path.read_bytes(), type=RecordRange)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None
 
 
-def _join_parts(parts: Iterable[Part], find_keys: Callable[[Sequence[int]], Iterable[str]]) -> ValidationReport:
+def _join_parts(parts: Iterable[RecordRange], find_keys: Callable[[Sequence[int]], Iterable[str]]) -> ValidationReport:
     """Return the report of all parts of a source, given in order.
 
     ``find_keys`` returns the keys of the records with some indices.

@@ -1,12 +1,11 @@
 """Sources with one record per text, where every text must be read."""
 
 import dataclasses
-
-import numpy as np
+import itertools
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.record import Record, Source, check_index
+from data_pipelines.record import Record, Source, locate
 
 
 class OneTextPerRecord:
@@ -18,7 +17,7 @@ class OneTextPerRecord:
 
     def __init__(self, source: Source, kind: Kind) -> None:
         self._source, self._kind = source, kind
-        self._stops = np.cumsum([self._count(index) for index in range(len(source))])
+        self._ends = list(itertools.accumulate(map(self._count, range(len(source)))))
 
     def _count(self, index: int) -> int:
         """Return the number of texts of a record; 1 if it is unusable or has none, so that its error is reported."""
@@ -31,13 +30,12 @@ class OneTextPerRecord:
         return (record.texts or record.captions) if self._kind == "text" else record.captions
 
     def __len__(self) -> int:
-        return int(self._stops[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        check_index(index, len(self), "text")
-        row = int(np.searchsorted(self._stops, index, side="right"))
+        row, number = locate(index, self._ends, "text")
         record = self._source[row]
-        texts, number = self._texts(record), index - int(self._stops[row - 1] if row else 0)
+        texts = self._texts(record)
         key = record.key if len(texts) < 2 else f"{record.key}#{number}"
         text = texts[number : number + 1]
         if self._kind == "text":

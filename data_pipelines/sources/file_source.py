@@ -47,9 +47,9 @@ class FileSource:
     """
 
     def __init__(self, path: str, kind: Kind) -> None:
-        system, plain = file_system(path)
+        fs, fs_path = file_system(path)
         self._kind = kind
-        self._folder, names = ("", [path]) if system.isfile(plain) else _list_files(path)
+        self._folder, names = ("", [path]) if fs.isfile(fs_path) else _list_files(path)
         heads = self._heads(names) if kind == "video" else {}
 
         def is_of_kind(name: str) -> bool:
@@ -59,16 +59,16 @@ class FileSource:
         if not self._names:
             counts = collections.Counter(kind_from_name(name) or "other" for name in names)
             found = ", ".join(f"{count:,} of kind '{name}'" for name, count in counts.items())
-            raise DataError(f"{path} is or holds no {kind} by its files' names: {found}; set another kind")
+            raise DataError(f"{path} contains no {kind} files: {found}; set another kind")
 
     def _heads(self, names: Sequence[str]) -> dict[str, bytes]:
         """Return the first bytes of the files that may be animations, fetched together."""
         names = [name for name in names if PurePosixPath(name).suffix.lower() in ANIMATED_SUFFIXES]
         if not names:
             return {}
-        system, _ = file_system(self._path(names[0]))
+        fs, _ = file_system(self._path(names[0]))
         paths = [file_system(self._path(name))[1] for name in names]
-        heads = system.cat_ranges(paths, [0] * len(paths), [HEAD_BYTES] * len(paths))
+        heads = fs.cat_ranges(paths, [0] * len(paths), [HEAD_BYTES] * len(paths))
         return {name: head for name, head in zip(names, heads, strict=True) if isinstance(head, bytes)}
 
     def _path(self, name: str) -> str:

@@ -49,22 +49,22 @@ def find_files(path: str, *suffixes: str) -> list[FoundFile]:
     Raises:
         DataError: no file, or one of several numbered files is missing.
     """
-    system, plain = file_system(path)
-    if "*" in plain:
-        infos = {name: info for name, info in _match(system, plain).items() if not is_hidden(PurePosixPath(name).name)}
+    fs, fs_path = file_system(path)
+    if "*" in fs_path:
+        infos = {name: info for name, info in _match(fs, fs_path).items() if not is_hidden(PurePosixPath(name).name)}
         if not infos:
             raise DataError(f"{path} matches no file; check the pattern")
     else:
-        infos = _infos_of(system, _expand_braces(plain))
-        if infos.get(plain, {}).get("type") == "directory":
-            found = _only_files(system, system.find(plain, maxdepth=1, detail=True))
+        infos = _infos_of(fs, _expand_braces(fs_path))
+        if infos.get(fs_path, {}).get("type") == "directory":
+            found = _only_files(fs, fs.find(fs_path, maxdepth=1, detail=True))
             listed = {name: info for name, info in found.items() if not is_hidden(PurePosixPath(name).name)}
             infos = {name: info for name, info in listed.items() if name.lower().endswith(suffixes)}
             if not infos:
                 raise DataError(
                     f"{path} holds no file that ends in {' or '.join(suffixes)}; found {len(listed)} other files"
                 )
-    return [FoundFile(system.url(name), int(info["size"] or 0), version_of(info)) for name, info in infos.items()]
+    return [FoundFile(fs.url(name), int(info["size"] or 0), version_of(info)) for name, info in infos.items()]
 
 
 def path_exists(path: str) -> bool:
@@ -74,34 +74,34 @@ def path_exists(path: str) -> bool:
         DataError: a scheme that no installed package serves.
         StorageUnavailableError: storage does not answer.
     """
-    system, plain = file_system(path)
-    if "*" not in plain and not _BRACES.search(plain):
-        return system.exists(plain)
+    fs, fs_path = file_system(path)
+    if "*" not in fs_path and not _BRACES.search(fs_path):
+        return fs.exists(fs_path)
     try:
         return bool(find_files(path, ""))
     except DataError:
         return False
 
 
-def _infos_of(system: FileSystem, names: list[str]) -> dict[str, dict[str, Any]]:
+def _infos_of(fs: FileSystem, names: list[str]) -> dict[str, dict[str, Any]]:
     """Return the infos of files in the order of their names. Raises DataError if one is missing."""
-    if system.is_local or len(names) <= _MAX_REQUESTS:
+    if fs.is_local or len(names) <= _MAX_REQUESTS:
         infos = {}
         for name in names:
             try:
-                infos[name] = system.info(name)
+                infos[name] = fs.info(name)
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise DataError(f"{system.url(name)} does not exist; check the path") from error
+                raise DataError(f"{fs.url(name)} does not exist; check the path") from error
         return infos
     folder = os.path.commonpath([name.rpartition("/")[0] for name in names])
     depth = names[0].removeprefix(folder).lstrip("/").count("/") + 1
-    listed = system.find(folder, maxdepth=depth, detail=True)
+    listed = fs.find(folder, maxdepth=depth, detail=True)
     if missing := next((name for name in names if name not in listed), None):
-        raise DataError(f"{system.url(missing)} does not exist; check the path")
+        raise DataError(f"{fs.url(missing)} does not exist; check the path")
     return {name: listed[name] for name in names}
 
 
-def _match(system: FileSystem, pattern: str) -> dict[str, dict[str, Any]]:
+def _match(fs: FileSystem, pattern: str) -> dict[str, dict[str, Any]]:
     """Return the infos of the files that match a pattern, sorted."""
     ranges = [match.groups() for match in _BRACES.finditer(pattern)]
     marked = _BRACES.sub("\0", pattern)
@@ -110,7 +110,7 @@ def _match(system: FileSystem, pattern: str) -> dict[str, dict[str, Any]]:
     try:
         regex = re.compile(glob_translate(marked).replace("\0", r"(\d+)"))
     except ValueError as error:
-        raise DataError(f"{system.url(pattern)} cannot be matched: {error}") from error
+        raise DataError(f"{fs.url(pattern)} cannot be matched: {error}") from error
 
     def matches(name: str) -> bool:
         match = regex.match(name)
@@ -119,18 +119,18 @@ def _match(system: FileSystem, pattern: str) -> dict[str, dict[str, Any]]:
             for number, (first, last) in zip(match.groups(), ranges, strict=True)
         )
 
-    listed = _only_files(system, system.glob_infos(re.sub(r"[*\0]*\0[*\0]*", "*", marked)))
+    listed = _only_files(fs, fs.glob_infos(re.sub(r"[*\0]*\0[*\0]*", "*", marked)))
     return {name: info for name, info in listed.items() if not ranges or matches(name)}
 
 
-def _only_files(system: FileSystem, infos: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _only_files(fs: FileSystem, infos: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the infos of files, sorted; links become what they lead to."""
     files = {}
     for name in sorted(infos):
         info = infos[name]
         if info.get("islink"):
             with contextlib.suppress(FileNotFoundError):
-                info = system.info(name)
+                info = fs.info(name)
         if info["type"] == "file":
             files[name] = info
     return files
@@ -142,12 +142,12 @@ def list_folder(folder: str, hint: str = "check the path") -> tuple[str, list[st
     Raises:
         DataError: no such folder, with a hint.
     """
-    system, plain = file_system(folder)
-    if not system.isdir(plain):
+    fs, fs_path = file_system(folder)
+    if not fs.isdir(fs_path):
         raise DataError(f"{folder} does not exist or is not a folder; {hint}")
-    root = plain.rstrip("/")
-    names = sorted(name.removeprefix(root).lstrip("/") for name in system.find(root))
-    return system.url(root), names
+    root = fs_path.rstrip("/")
+    names = sorted(name.removeprefix(root).lstrip("/") for name in fs.find(root))
+    return fs.url(root), names
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -172,8 +172,8 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None, *, exact: bo
     """
     try:
         if is_url(path):
-            system, plain = file_system(path)
-            data = system.cat_file(plain, offset or None, None if size is None else offset + size, exact=exact)
+            fs, fs_path = file_system(path)
+            data = fs.cat_file(fs_path, offset or None, None if size is None else offset + size, exact=exact)
         else:
             data = retry(lambda: _read_local(path, offset, size), path)
     except OSError as error:
@@ -194,10 +194,10 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     Raises:
         DataError: as :func:`read_bytes`.
     """
-    system, _ = file_system(ranges[0][0])
+    fs, _ = file_system(ranges[0][0])
     paths = [file_system(path)[1] for path, _, _ in ranges]
     starts, ends = [offset for _, offset, _ in ranges], [offset + size for _, offset, size in ranges]
-    results = system.cat_ranges(paths, starts, ends, exact=True)
+    results = fs.cat_ranges(paths, starts, ends, exact=True)
     for (path, offset, size), result in zip(ranges, results, strict=True):
         if isinstance(result, OSError) and not is_refused(path, result):
             raise _unreadable(path, result) from result

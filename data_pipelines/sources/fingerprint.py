@@ -23,7 +23,7 @@ _TABLES = (".csv", ".json", ".jsonl", ".tsv", ".txt")
 """Suffixes of annotation files, in a folder that may hold other files."""
 
 
-def fingerprint(config: SourceConfig) -> Mapping[str, Any]:
+def source_fingerprint(config: SourceConfig) -> Mapping[str, Any]:
     """Return the number of a source's files, their bytes, and a digest; {} for synthetic sources.
 
     Raises:
@@ -45,22 +45,22 @@ def fingerprint(config: SourceConfig) -> Mapping[str, Any]:
 
 def _sizes(config: SourceConfig) -> dict[str, tuple[str, int]]:
     """Return the path and size of every file, by its name relative to the source's path, which may be moved."""
-    system, plain = file_system(config.path)
+    fs, fs_path = file_system(config.path)
     try:
-        if not system.isdir(plain):
+        if not fs.isdir(fs_path):
             # Archives in different folders may share a name; their order distinguishes them.
             return {
                 f"{i:09} {PurePosixPath(file.path).name}": (file.path, file.size)
                 for i, file in enumerate(find_files(config.path, ""))
             }
-        root = plain.rstrip("/")
+        root = fs_path.rstrip("/")
         depth = None if config.format in _FOLDERS else 1
-        found = system.find(root, maxdepth=depth, detail=True) or system.find(root, detail=True)
+        found = fs.find(root, maxdepth=depth, detail=True) or fs.find(root, detail=True)
     except OSError as error:
         raise DataError(f"{config.path} cannot be read: {error.strerror or error}") from error
     sizes = {
         name.removeprefix(root).lstrip("/"): (
-            system.url(name), int(info["size"])
+            fs.url(name), int(info["size"])
         )
         for name, info in found.items()
     }  # fmt: skip

@@ -76,21 +76,21 @@ def read_folder(path: str) -> Folder:
         raise DataError(f"{path} holds {len(media):,} images and videos, expected at most {MAX_FILES:,}: make shards "
                         "of them (mplug2 data convert), or name a folder inside it")  # fmt: skip
     if tables := sorted(set(TABLES).intersection(names)):
-        return _with_tables(root, tables, media)
-    others = {name for name in names if name.endswith((".txt", ".json"))}
-    sidecars = {name: sidecar for name in media if (sidecar := _sidecar(name, others))}
+        return _read_tables(root, tables, media)
+    caption_files = {name for name in names if name.endswith((".txt", ".json"))}
+    sidecars = {name: sidecar for name in media if (sidecar := _sidecar(name, caption_files))}
     if sidecars:
         return _select(root, media, sidecars, lambda name: _read_sidecar(root, sidecars[name]))
-    words = {name: text for name in media if _letters(text := words_of_name(name))}
+    words = {name: text for name in media if _letters(text := caption_from_filename(name))}
     if len(set(map(_letters, words.values()))) < min(2, len(media)):
         raise DataError(
             f"{path} has no captions: write captions.csv with lines 'image,caption', or a .txt next to each image or "
-            f"video; names such as {next(iter(media))!a} tell nothing"
+            f"video; names such as {next(iter(media))!a} are not captions"
         )
     return _select(root, media, words, lambda name: (words[name],))
 
 
-def words_of_name(name: str) -> str:
+def caption_from_filename(name: str) -> str:
     """Return the words of a file's name: "cars/red_car-on-the_road.jpg" gives "red car on the road"."""
     return " ".join(filter(None, _SEPARATORS.split(PurePosixPath(name).stem)))
 
@@ -100,15 +100,15 @@ def _letters(text: str) -> str:
 
 
 def _select(
-    root: str, media: Mapping[str, VisualKind], having: Iterable[str], captions: Callable[[str], tuple[str, ...]]
+    root: str, media: Mapping[str, VisualKind], captioned: Iterable[str], captions: Callable[[str], tuple[str, ...]]
 ) -> Folder:
-    kinds = {name: media[name] for name in having}
+    kinds = {name: media[name] for name in captioned}
     return Folder(root, kinds, [name for name in media if name not in kinds], captions)
 
 
-def _sidecar(name: str, others: set[str]) -> str | None:
+def _sidecar(name: str, caption_files: set[str]) -> str | None:
     stem = str(PurePosixPath(name).with_suffix(""))
-    return next((each for each in (f"{stem}.txt", f"{stem}.json") if each in others), None)
+    return next((each for each in (f"{stem}.txt", f"{stem}.json") if each in caption_files), None)
 
 
 def _read_sidecar(root: str, name: str) -> tuple[str, ...]:
@@ -118,17 +118,17 @@ def _read_sidecar(root: str, name: str) -> tuple[str, ...]:
         raise DataError(f"{path} has more than {MAX_CAPTION_BYTES:,} bytes, expected a caption; remove it")
     text = decode_text(data, path)
     if name.endswith(".json"):
-        return _captions_of(Row(path, 1, text))
+        return _read_captions(Row(path, 1, text))
     if not text.strip():
         raise DataError(f"{path} is empty, expected a caption; write one, or remove the file")
     return (text,)
 
 
-def _captions_of(row: Row) -> tuple[str, ...]:
+def _read_captions(row: Row) -> tuple[str, ...]:
     """Return the captions of a row. Raises DataError if it has none, or cannot be read."""
     captions = row.texts(*fields.CAPTION_FIELDS) or row.texts(*fields.TEXT_FIELDS)
     if not captions:
-        row.need(*fields.CAPTION_FIELDS, *fields.TEXT_FIELDS)
+        row.require(*fields.CAPTION_FIELDS, *fields.TEXT_FIELDS)
     return captions
 
 
@@ -143,7 +143,7 @@ def _check_inside(root: str, name: str) -> str:
     return path
 
 
-def _with_tables(root: str, tables: Sequence[str], media: Mapping[str, VisualKind]) -> Folder:
+def _read_tables(root: str, tables: Sequence[str], media: Mapping[str, VisualKind]) -> Folder:
     """Return the folder with the media that its tables name, one record for all rows of each."""
     paths = [_check_inside(root, name) for name in tables]
     for path in paths:
@@ -153,7 +153,7 @@ def _with_tables(root: str, tables: Sequence[str], media: Mapping[str, VisualKin
     for name in sorted(media, reverse=True):
         stems[str(PurePosixPath(name).with_suffix(""))] = name
     for row in read_rows(fields.FORMAT, paths, ""):
-        name = _name_in(row)
+        name = _media_name(row)
         rows[name if name in media else stems.get(name, name)].append(row)
     found = {media_kind(name) for name in rows}
     default: VisualKind = "video" if "video" in found and "image" not in found else "image"  # of unusable rows
@@ -161,7 +161,7 @@ def _with_tables(root: str, tables: Sequence[str], media: Mapping[str, VisualKin
     return _select(root, {**media, **kinds}, kinds, lambda name: _captions_of_rows(rows[name]))
 
 
-def _name_in(row: Row) -> str:
+def _media_name(row: Row) -> str:
     """Return the image or video that a row names, or its own key if it cannot be read, which is reported on access."""
     try:
         return str(PurePosixPath(row.text(*fields.IMAGE_FIELDS).replace("\\", "/")))
@@ -171,8 +171,8 @@ def _name_in(row: Row) -> str:
 
 def _captions_of_rows(rows: Iterable[Row]) -> tuple[str, ...]:
     for row in rows:
-        row.need(*fields.IMAGE_FIELDS)
-    return tuple(caption for row in rows for caption in _captions_of(row))
+        row.require(*fields.IMAGE_FIELDS)
+    return tuple(caption for row in rows for caption in _read_captions(row))
 
 
 class FolderSource:

@@ -23,8 +23,8 @@ from data_pipelines.sources.files import FoundFile, read_bytes
 from data_pipelines.sources.tar_index import (
     SUFFIX,
     IndexedTar,
+    IndexSlice,
     Members,
-    Part,
     TarIndex,
     pack_index,
     read_index,
@@ -94,9 +94,9 @@ class Tar:
                 f"{path} has a sparse member of {size:,} bytes, expected at most {MAX_FETCHED_BYTES:,}; write it "
                 "without holes"
             )
-        system, plain = file_system(path)
+        fs, fs_path = file_system(path)
         try:
-            with system.open(plain) as file:
+            with fs.open(fs_path) as file:
                 file.seek(offset)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     member = tar.next()
@@ -215,18 +215,18 @@ class TarSet:
                 raise
 
     def merge(self) -> None:
-        """Write the index of all tars, together with those of other tars of the old one that still exist.
+        """Write the merged index of all tars, and keep what the old one has of other tars that still exist.
 
         Raises:
             DataError: it cannot be written.
         """
-        parts = {tar.file.path: Part(self._entry(tar), tar.index, tar.first) for tar in self.tars}
+        parts = {tar.file.path: IndexSlice(self._entry(tar), tar.index, tar.first) for tar in self.tars}
         others = {name: row for name, row in self._rows_of_merged().items() if f"{self._root}/{name}" not in parts}
         if others and self._merged:
-            system, plain = file_system(self._root)
-            for path in map(system.url, system.find(plain)):
+            fs, fs_path = file_system(self._root)
+            for path in map(fs.url, fs.find(fs_path)):
                 if row := others.get(self._name(path)):
-                    parts[path] = Part(row[0], self._merged, row[1])
+                    parts[path] = IndexSlice(row[0], self._merged, row[1])
         try:
             write_merged(self.merged_path, [parts[path] for path in sorted(parts)])
         except OSError as error:

@@ -14,7 +14,7 @@ import numpy as np
 from data_pipelines.errors import DataError
 from data_pipelines.sources.files import FoundFile, read_bytes
 from data_pipelines.sources.tar_scan import Samples
-from data_pipelines.storage.local_files import write_locally
+from data_pipelines.storage.local_files import staged_write
 from data_pipelines.storage.retry import is_remote
 
 SUFFIX = ".index"
@@ -166,7 +166,7 @@ def pack_index(tar: FoundFile, extensions: Sequence[str], samples: Samples) -> b
     return b"".join([make_header([entry], extensions, layout), *(column.tobytes() for column in columns)])
 
 
-def write_merged(path: str, parts: Sequence["Part"]) -> None:
+def write_merged(path: str, parts: Sequence["IndexSlice"]) -> None:
     """Write the index of many tars, part by part: it may be larger than the memory.
 
     Raises:
@@ -177,7 +177,7 @@ def write_merged(path: str, parts: Sequence["Part"]) -> None:
     layout = Layout(sum(part.tar.samples for part in parts), len(extensions), sum(key_bytes))
     header = make_header([part.tar for part in parts], extensions, layout)
     starts = [len(header) + bound for bound in layout.bounds[:3]]  # of the next part's columns
-    with write_locally(path) as temporary, open(temporary, "wb") as file:
+    with staged_write(path) as temporary, open(temporary, "wb") as file:
         file.write(header)
         os.truncate(file.fileno(), len(header) + layout.num_bytes)
         keys_before = 0
@@ -188,7 +188,7 @@ def write_merged(path: str, parts: Sequence["Part"]) -> None:
             keys_before += num_bytes
 
 
-class Part(NamedTuple):
+class IndexSlice(NamedTuple):
     """The samples of a tar in an index, to be copied into another."""
 
     tar: IndexedTar
@@ -205,7 +205,7 @@ class Part(NamedTuple):
         return (int(ends[self.first - 1]) if self.first else 0), (int(ends[stop - 1]) if stop else 0)
 
     def columns(self, extensions: Sequence[str], keys_before: int) -> tuple[bytes, bytes, bytes]:
-        """Return its columns for an index with other extensions, in which its keys have others before them."""
+        """Return its columns for a merged index with these extensions, and this many bytes of keys before its own."""
         rows = slice(self.first, self.first + self.tar.samples)
         (start, stop), columns = self.key_range, self.source.columns
         extents = np.full((self.tar.samples, len(extensions), 2), -1, "<i8")

@@ -89,10 +89,10 @@ def scan_tar(file: FoundFile) -> Iterator[tuple[str, str, int, int]]:
         DataError: not a tar, or one that is compressed or truncated.
     """
     path, size = file.path, file.size
-    system, plain = file_system(path)
+    fs, fs_path = file_system(path)
     end = 0
     try:
-        with system.open(plain, _BLOCK) as stream:
+        with fs.open(fs_path, _BLOCK) as stream:
             while not end or end < size:
                 stream.seek(end)
                 with tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -159,7 +159,10 @@ def _select_samples(
     extensions: Sequence[str],
     extents: Int[np.ndarray, "samples extensions 2"],
 ) -> Int[np.ndarray, " selected"]:
-    """Return the rows of samples, without members with an infix, whose only media go to a sample that has none."""
+    """Return the rows of the samples to keep: without those that are members of another sample, by an infix.
+
+    If such a row has the only media of its sample, they become that sample's, in ``extents``.
+    """
     exists = extents[..., 1] != -1
     is_media = np.array([bool(media_kind(f"x{extension}")) for extension in extensions], np.bool_)
     is_text = np.array([extension in (".txt", ".cls") for extension in extensions], np.bool_)

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError, StorageUnavailableError
-from data_pipelines.media import Media, join_frames
+from data_pipelines.media import Media, mux_frames
 from data_pipelines.record import Record, check_index, locate
 from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row
@@ -83,7 +83,7 @@ class TfdsSource:
                 f"split '{split}' of {path} cannot be read ({_reason(error)}); prepare the data set with "
                 "file_format='array_record'"
             ) from error
-        self._examples.data_source = _Examples(path, parts)  # the library's does not repeat failed reads
+        self._examples.data_source = _Examples(path, parts)  # the library's does not retry failed reads
         labels = {
             name: feature for name, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)
         }
@@ -114,7 +114,7 @@ class TfdsSource:
         names = sorted(encoded, key=lambda name: (self._media[name] != self._context.kind, name not in _MEDIA_NAMES))
         kind, data = self._media[names[0]], encoded[names[0]]
         where = f"{key}/{names[0]}"
-        return Media(kind, data if kind == "image" else join_frames(list(data), where), where)
+        return Media(kind, data if kind == "image" else mux_frames(list(data), where), where)
 
     def _to_json(self, name: str, value: Any) -> Any:
         """Return a feature's value as annotation files have it."""

@@ -1,4 +1,4 @@
-"""File systems of fsspec, with requests that are repeated, and without caches of what other processes change."""
+"""File systems of fsspec, with requests that are retried, and without caches of what other processes change."""
 
 import concurrent.futures
 import contextlib
@@ -41,7 +41,7 @@ def _is_installed(package: str) -> bool:
 
 
 class FileSystem:
-    """A file system of fsspec whose requests are repeated, and which sees at once what other processes wrote.
+    """A file system of fsspec whose requests are retried, and which sees at once what other processes wrote.
 
     Paths are those without the scheme, taken literally. Objects whose names end in ``/``, which stand for empty folders
     in an object store, are not seen. Methods raise ``OSError`` and ``StorageUnavailableError``, as :func:`retry`.
@@ -305,14 +305,14 @@ def file_system(path: str) -> tuple[FileSystem, str]:
     try:
         # By fsspec's url_to_fs, "::" in a name would be a chain of file systems, and "#1" a version.
         if scheme in ("file", *SCHEMES):
-            system = _file_system(scheme, os.getpid())
-            return system, system.strip(path)
+            fs = _file_system(scheme, os.getpid())
+            return fs, fs.strip(path)
         from fsspec.core import url_to_fs  # fsspec is imported when it is needed: commands that fail should do so soon
 
-        remote, plain = url_to_fs(path)
+        remote, fs_path = url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise DataError(f"{path} cannot be opened: {error}") from error
-    return FileSystem(remote), plain
+    return FileSystem(remote), fs_path
 
 
 @functools.cache
@@ -331,8 +331,8 @@ def _file_system(scheme: str, process: int) -> FileSystem:
 
 def write_atomically(path: str, data: bytes) -> None:
     """Write a file so that readers see the old or the new one, never a part; several writers may do so."""
-    system, plain = file_system(path)
-    system.write(plain, data)
+    fs, fs_path = file_system(path)
+    fs.write(fs_path, data)
 
 
 class _RangeReader(io.RawIOBase):
@@ -343,7 +343,7 @@ class _RangeReader(io.RawIOBase):
         if info["type"] != "file":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), system.url(path))
         if info["size"] is None:
-            raise OSError(errno.ENOTSUP, "the server does not tell the file's size", system.url(path))
+            raise OSError(errno.ENOTSUP, "the server does not report the file's size", system.url(path))
         self._system, self._path, self._size, self._position = system, path, int(info["size"]), 0
 
     def readable(self) -> bool:

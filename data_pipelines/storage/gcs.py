@@ -1,4 +1,4 @@
-"""Google Cloud Storage by gcsfs, with names taken literally, and requests repeated by the rules of ``retry``."""
+"""Google Cloud Storage by gcsfs, with names taken literally, and requests retried by the rules of ``retry``."""
 
 import asyncio
 import logging
@@ -12,11 +12,11 @@ from data_pipelines.storage.retry import Backoff, http_status, is_transient, ret
 _TIMEOUT = aiohttp.ClientTimeout(total=600.0, sock_connect=20.0, sock_read=60.0)
 """Limits of one request in seconds: in all, to connect, and between the request and its reply or two parts of it."""
 _REQUEST_SECONDS = 30.0
-"""A request is repeated for this long before the whole operation is, of which it may be the last of hundreds."""
+"""A single request is retried for this long. Then its whole operation, which may consist of hundreds, starts over."""
 _LISTED = "kind,nextPageToken,prefixes,items(name,bucket,size,updated,generation)"
 """Fields of each object that a listing requests; all fields would be about 1 kB per object."""
 
-# Without gcsfs's own repetitions: they log tracebacks, take half a minute at least, and know no limit.
+# Without gcsfs's own retries: they log tracebacks, take half a minute at least, and know no limit.
 _request_once = getattr(core.GCSFileSystem._request, "__wrapped__", core.GCSFileSystem._request)
 
 logging.getLogger("google.auth").setLevel(logging.ERROR)  # it warns of each place that has no credentials

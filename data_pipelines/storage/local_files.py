@@ -35,15 +35,15 @@ def local_copy(path: str) -> str:
     if not is_remote(path):
         os.stat(path)
         return path
-    system, plain = file_system(path)
-    info = system.info(plain)
+    fs, fs_path = file_system(path)
+    info = fs.info(fs_path)
     name, version = _digest(path), _digest(f"{info['size']} {version_of(info)}")
     folder = _cache_folder()
     copy = folder / f"{name}-{version}"
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this machine wait for one copy
         if not copy.exists():
-            _copy(system, plain, info, copy)
+            _copy(fs, fs_path, info, copy)
             for other in folder.glob(f"{name}-*"):
                 if other != copy:
                     other.unlink(missing_ok=True)
@@ -62,54 +62,54 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def _copy(system: FileSystem, path: str, info: Mapping[str, Any], target: Path) -> None:
+def _copy(fs: FileSystem, path: str, info: Mapping[str, Any], target: Path) -> None:
     size = int(info["size"])
     free = shutil.disk_usage(target.parent).free
     if size > free:
         raise DataError(
-            f"{system.url(path)} has {size / 1e9:.1f} GB, and {target.parent} only {free / 1e9:.1f} GB free; set "
+            f"{fs.url(path)} has {size / 1e9:.1f} GB, and {target.parent} only {free / 1e9:.1f} GB free; set "
             "TMPDIR to a folder on a larger disk"
         )
     if size > _BLOCK:
-        logging.info("copying %s (%.1f GB) to %s, once for this machine", system.url(path), size / 1e9, target.parent)
+        logging.info("copying %s (%.1f GB) to %s, once for this machine", fs.url(path), size / 1e9, target.parent)
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}")  # also deleted later if this process is killed
     with temporary.open("wb") as file:
 
         def copy_block(start: int) -> None:
-            data = system.cat_file(path, start, min(start + _BLOCK, size), exact=True)
+            data = fs.cat_file(path, start, min(start + _BLOCK, size), exact=True)
             os.pwrite(file.fileno(), data, start)
 
         try:
             os.truncate(file.fileno(), size)
             with ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(copy_block, range(0, size, _BLOCK)))
-            if version_of(system.info(path)) != version_of(info):
-                raise DataError(f"{system.url(path)} was replaced while it was copied; start again")
+            if version_of(fs.info(path)) != version_of(info):
+                raise DataError(f"{fs.url(path)} was replaced while it was copied; start again")
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def write_locally(path: str) -> Iterator[str]:
+def staged_write(path: str) -> Iterator[str]:
     """Provide a path on this machine to write a file to, which becomes ``path`` unless an exception is raised.
 
     Raises:
         OSError: it cannot be written.
     """
-    system, plain = file_system(path)
-    if system.is_local:
-        os.makedirs(os.path.dirname(plain), exist_ok=True)
-        temporary = f"{plain}.{uuid.uuid4().hex}.tmp"
+    fs, fs_path = file_system(path)
+    if fs.is_local:
+        os.makedirs(os.path.dirname(fs_path), exist_ok=True)
+        temporary = f"{fs_path}.{uuid.uuid4().hex}.tmp"
     else:
         descriptor, temporary = tempfile.mkstemp(prefix="mplug2-upload-")
         os.close(descriptor)
     try:
         yield temporary
-        if system.is_local:
-            os.replace(temporary, plain)
+        if fs.is_local:
+            os.replace(temporary, fs_path)
         else:
-            system.upload(temporary, plain)
+            fs.upload(temporary, fs_path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -26,7 +26,7 @@ _LAST_SECONDS = 10.0
 
 
 @dataclasses.dataclass(eq=False)
-class _Part:
+class _LogObject:
     """An object that is not complete."""
 
     data: bytearray
@@ -46,7 +46,7 @@ class ObjectLog:
 
     def __init__(self, folder: Path, suffix: str = "", *, prefix: str = "", header: bytes = b"") -> None:
         self._folder, self._prefix, self._suffix, self._header = folder, prefix, suffix, header
-        self._parts: list[_Part] = []
+        self._parts: list[_LogObject] = []
         self._lock, self._uploading = threading.Lock(), threading.Lock()
         self._last_number: int | None = None
         self._unsaved_since: float | None = None
@@ -57,7 +57,7 @@ class ObjectLog:
         """Add some bytes, which are never split between objects."""
         with self._lock:
             if not self._parts or len(self._parts[-1].data) >= PART_BYTES:
-                self._parts.append(_Part(bytearray(self._header)))
+                self._parts.append(_LogObject(bytearray(self._header)))
             self._parts[-1].data += data
             self._unsaved_since = self._unsaved_since or time.monotonic()
 
@@ -73,7 +73,7 @@ class ObjectLog:
                 start, parts = time.monotonic(), list(self._parts)
                 age = start - (self._unsaved_since or start)
             try:
-                # What could not be written for as long as requests are repeated is tried once, so that nothing that
+                # What could not be written for as long as requests are retried is tried once, so that nothing that
                 # waits for it, as the end of a run, takes twice as long.
                 with shorter_retries(max(0.0, retry_limit() - age)):
                     for part in parts:
@@ -88,7 +88,7 @@ class ObjectLog:
                 is_saved = all(part.uploaded == len(part.data) for part in self._parts)
                 self._unsaved_since = None if is_saved else start
 
-    def _upload(self, part: _Part) -> None:
+    def _upload(self, part: _LogObject) -> None:
         with self._lock:
             data = bytes(part.data) if len(part.data) > part.uploaded else b""
         if data:
@@ -105,7 +105,7 @@ class ObjectLog:
         return f"{self._prefix}{self._last_number:06}{self._suffix}"
 
     def check(self) -> None:
-        """Raise StorageUnavailableError if writing failed for longer than requests are repeated."""
+        """Raise StorageUnavailableError if writing failed for longer than requests are retried."""
         since, error = self._unsaved_since, self._error
         if since and error and (age := time.monotonic() - since) > retry_limit():
             raise StorageUnavailableError(

@@ -67,9 +67,9 @@ def to_path(text: str | os.PathLike[str], *, installed: bool = True) -> Path:
 class _Upload(io.BufferedWriter):
     """A file that is written on this machine, and uploaded when it is closed, unless an exception ended its context."""
 
-    def __init__(self, system: FileSystem, path: str, *, new: bool, local: str) -> None:
+    def __init__(self, fs: FileSystem, path: str, *, new: bool, local: str) -> None:
         super().__init__(io.FileIO(local, "wb"))
-        self._system, self._path, self._new, self._local, self._pending = system, path, new, local, True
+        self._fs, self._path, self._new, self._local, self._pending = fs, path, new, local, True
 
     def abort(self) -> None:
         """Close without uploading."""
@@ -82,7 +82,7 @@ class _Upload(io.BufferedWriter):
         try:
             super().close()  # which may fail, as the disk may be full
             if self._pending:
-                self._system.upload(self._local, self._path, new=self._new)
+                self._fs.upload(self._local, self._path, new=self._new)
         finally:
             self._pending = False
             os.unlink(self._local)
@@ -131,27 +131,27 @@ class _Backend(backend.Backend):
     """The operations of :class:`RemotePath`. Folders need not be created: they exist while files are in them."""
 
     def open(self, path: Any, mode: str) -> Any:
-        system, plain = file_system(os.fspath(path))
+        fs, fs_path = file_system(os.fspath(path))
         binary, kind = "b" in mode, mode.replace("b", "").replace("t", "")
         if kind == "r":
-            file = system.open(plain)
+            file = fs.open(fs_path)
             return file if binary else io.TextIOWrapper(file, encoding="utf-8")
         descriptor, local = tempfile.mkstemp(prefix="mplug2-upload-")
         os.close(descriptor)
-        upload = _Upload(system, plain, new=kind == "x", local=local)
+        upload = _Upload(fs, fs_path, new=kind == "x", local=local)
         return upload if binary else _TextUpload(upload, encoding="utf-8")
 
     def exists(self, path: Any) -> bool:
-        system, plain = file_system(os.fspath(path))
-        return system.exists(plain)
+        fs, fs_path = file_system(os.fspath(path))
+        return fs.exists(fs_path)
 
     def isdir(self, path: Any) -> bool:
-        system, plain = file_system(os.fspath(path))
-        return system.isdir(plain)
+        fs, fs_path = file_system(os.fspath(path))
+        return fs.isdir(fs_path)
 
     def listdir(self, path: Any) -> list[str]:
-        system, plain = file_system(os.fspath(path))
-        return [name.rpartition("/")[2] for name in system.ls(plain)]
+        fs, fs_path = file_system(os.fspath(path))
+        return [name.rpartition("/")[2] for name in fs.ls(fs_path)]
 
     def glob(self, path: Any) -> list[str]:
         raise NotImplementedError  # RemotePath has its own
@@ -167,30 +167,30 @@ class _Backend(backend.Backend):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
 
     def rmtree(self, path: Any) -> None:
-        system, plain = file_system(os.fspath(path))
-        system.rm_tree(plain)
+        fs, fs_path = file_system(os.fspath(path))
+        fs.rm_tree(fs_path)
 
     def remove(self, path: Any) -> None:
-        system, plain = file_system(os.fspath(path))
-        system.rm_file(plain)
+        fs, fs_path = file_system(os.fspath(path))
+        fs.rm_file(fs_path)
 
     def rename(self, path: Any, dst: Any) -> None:
         """Copy all files, then delete the originals: if this ends halfway, nothing is lost."""
-        system, source, target = _within_one(path, dst)
-        if system.exists(target):
+        fs, source, target = _same_file_system(path, dst)
+        if fs.exists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(dst))
-        files = [source] if system.isfile(source) else system.find(source)
+        files = [source] if fs.isfile(source) else fs.find(source)
         if not files:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
         for name in files:
-            system.copy(name, target + name.removeprefix(source))
+            fs.copy(name, target + name.removeprefix(source))
         for name in files:
-            system.rm_file(name)
+            fs.rm_file(name)
 
     def replace(self, path: Any, dst: Any) -> None:
-        system, source, target = _within_one(path, dst)
-        system.copy(source, target)
-        system.rm_file(source)
+        fs, source, target = _same_file_system(path, dst)
+        fs.copy(source, target)
+        fs.rm_file(source)
 
     def copy(self, path: Any, dst: Any, overwrite: bool) -> None:
         target_path = epath.Path(dst)
@@ -200,19 +200,19 @@ class _Backend(backend.Backend):
             shutil.copyfileobj(source, target, BLOCK)
 
     def stat(self, path: Any) -> RemoteStat:
-        system, plain = file_system(os.fspath(path))
-        info = system.info(plain)
+        fs, fs_path = file_system(os.fspath(path))
+        info = fs.info(fs_path)
         modified = info.get("mtime") or info.get("LastModified") or 0.0
         seconds = modified.timestamp() if isinstance(modified, datetime.datetime) else float(modified)
         return RemoteStat(is_directory=info["type"] == "directory", length=int(info.get("size") or 0), mtime=seconds)
 
 
-def _within_one(source: Any, target: Any) -> tuple[FileSystem, str, str]:
+def _same_file_system(source: Any, target: Any) -> tuple[FileSystem, str, str]:
     """Return the file system of two paths, and the paths on it. Raises OSError if there are two."""
-    (system, source_path), (other, target_path) = file_system(os.fspath(source)), file_system(os.fspath(target))
-    if system is not other:
+    (fs, source_path), (other, target_path) = file_system(os.fspath(source)), file_system(os.fspath(target))
+    if fs is not other:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), os.fspath(target))
-    return system, source_path, target_path
+    return fs, source_path, target_path
 
 
 _BACKEND = _Backend()
@@ -249,8 +249,8 @@ class RemotePath(PosixGPath, PosixPath):
 
     def read_bytes(self) -> bytes:
         """Return the bytes of a file, by one request."""
-        system, plain = file_system(str(self))
-        return system.cat_file(plain)
+        fs, fs_path = file_system(str(self))
+        return fs.cat_file(fs_path)
 
     def write_text(
         self, data: str, encoding: str | None = None, errors: str | None = None, newline: str | None = None
@@ -261,14 +261,14 @@ class RemotePath(PosixGPath, PosixPath):
 
     def write_bytes(self, data: Any) -> int:
         """Write a file, by one request."""
-        system, plain = file_system(str(self))
-        system.write(plain, bytes(data))
+        fs, fs_path = file_system(str(self))
+        fs.write(fs_path, bytes(data))
         return len(data)
 
     def glob(self, pattern: str) -> Generator["RemotePath", None, None]:
         """Yield the paths below this one that match a pattern, sorted; ``**`` is any number of folders above files."""
-        system, plain = file_system(str(self))
-        yield from (RemotePath(system.url(name)) for name in system.glob(pattern, plain))
+        fs, fs_path = file_system(str(self))
+        yield from (RemotePath(fs.url(name)) for name in fs.glob(pattern, fs_path))
 
     def rglob(self, pattern: str) -> Generator["RemotePath", None, None]:
         """Yield all files below this path whose last parts match a pattern, sorted."""
@@ -276,8 +276,8 @@ class RemotePath(PosixGPath, PosixPath):
 
     def is_file(self) -> bool:
         """Return whether there is a file."""
-        system, plain = file_system(str(self))
-        return system.isfile(plain)
+        fs, fs_path = file_system(str(self))
+        return fs.isfile(fs_path)
 
     def is_symlink(self) -> bool:
         """Return False: an object store has no links."""
@@ -290,7 +290,7 @@ class RemotePath(PosixGPath, PosixPath):
     absolute = expanduser = resolve
 
     def rmdir(self) -> None:
-        """Do nothing for an empty folder, which does not exist. Raises OSError if it has files."""
+        """Do nothing for an empty folder, since an object store has none. Raises OSError if there are files."""
         if self.exists():
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(self))
 
@@ -309,17 +309,17 @@ def upload_folder(local: str, target: Path, last: Sequence[str] = ()) -> None:
     Args:
         local: the folder.
         target: the path.
-        last: patterns of the names of files that say that others are complete: these are copied after all others, in
-            the order of the patterns, and of those in several folders the outermost at the end.
+        last: patterns of the names of files that mark others as complete. They are copied after all others, in the
+            order of the patterns, and those of one pattern from the innermost folder to the outermost.
     """
-    system, plain = file_system(str(target))
+    fs, fs_path = file_system(str(target))
 
     def rank(file: Path) -> tuple[int, int, Path]:
         ranks = [i + 1 for i, pattern in enumerate(last) if fnmatch.fnmatchcase(file.name, pattern)]
         return max(ranks, default=0), -len(file.parts) if ranks else 0, file
 
     for file in sorted(filter(Path.is_file, Path(local).rglob("*")), key=rank):
-        system.upload(str(file), f"{plain}/{file.relative_to(local).as_posix()}")
+        fs.upload(str(file), f"{fs_path}/{file.relative_to(local).as_posix()}")
 
 
 def check_can_write(path: Path) -> None:

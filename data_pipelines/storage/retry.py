@@ -1,4 +1,4 @@
-"""Requests to storage, repeated while their errors are transient; and which errors are.
+"""Requests to storage, retried while their errors are transient; and which errors are.
 
 Transient are faults of a network or a server: 503, a timeout, a reset connection, a stale handle, an expired token. A
 request that fails for longer than :func:`retry_limit` raises :class:`StorageUnavailableError`, which no handler of
@@ -49,7 +49,7 @@ _TRANSIENT_TEXT = re.compile(
 _PERMANENT_TEXT = re.compile(
     r"invalid_grant|invalid_client|Reauthentication is needed|CERTIFICATE_VERIFY_FAILED|out of memory", re.IGNORECASE
 )
-"""In errors that look like the above and are not: of a login, of a machine between here and the server, of a device."""
+"""In errors that are permanent although they match the above: of a login, a proxy, or the memory of a device."""
 _MOUNTS = Path("/proc/self/mounts")
 _NETWORK_KIND = re.compile("fuse(?!blk)|nfs|cifs|smb|9p|lustre|beegfs|ceph|glusterfs|gpfs")
 _DENIED_TEXT = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED)\b|Forbidden|Anonymous caller|Invalid Credentials")
@@ -59,19 +59,19 @@ _retry_seconds_here: contextvars.ContextVar[float] = contextvars.ContextVar("ret
 
 
 def set_retry_limit(seconds: float) -> None:
-    """Set how long a request is repeated in this process while its errors are transient."""
+    """Set how long a request is retried in this process while its errors are transient."""
     global _retry_seconds
     _retry_seconds = seconds
 
 
 def retry_limit() -> float:
-    """Return how long a request is repeated, in seconds."""
+    """Return how long a request is retried, in seconds."""
     return min(_retry_seconds, _retry_seconds_here.get())
 
 
 @contextlib.contextmanager
 def shorter_retries(seconds: float) -> Iterator[None]:
-    """Repeat the requests of this context for at most so long; 0 for one attempt."""
+    """Retry the requests of this context for at most so many seconds; 0 for one attempt."""
     token = _retry_seconds_here.set(seconds)
     try:
         yield
@@ -194,10 +194,10 @@ def is_refused(path: str, error: BaseException) -> bool:
 
 
 def retry(operation: Callable[[], T], path: str) -> T:
-    """Return the result of an operation, repeated while it fails with transient errors.
+    """Return the result of an operation, retried while it fails with transient errors.
 
     Args:
-        operation: without effect if it fails, or one that may be repeated.
+        operation: without effect if it fails, or one that may be retried.
         path: that it reads or writes, for messages.
 
     Raises:

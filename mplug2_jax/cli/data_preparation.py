@@ -82,7 +82,7 @@ def run_index(args: argparse.Namespace) -> int:
         to_path(args.index)  # raises an error for an impossible one
     files = find_files(args.path.removeprefix("webdataset:"), ".tar")
     tars, worker = TarSet(files, args.index), parse_worker_option(args)
-    share = worker.share(files)
+    share = worker.select_share(files)
     missing = {file.path for file in tars.missing}
     scanned = [file for file in share if file.path in missing]
     with Progress(sum(file.size for file in scanned), "B", desc="scanning") as progress:

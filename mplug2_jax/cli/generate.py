@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage.local_files import write_locally
+from data_pipelines.storage.local_files import staged_write
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_checkpoint_options, add_command, restore_run
 from mplug2_jax.cli.parsing import check_output, output_path
@@ -103,5 +103,5 @@ def _open_jsonl(path: Path | None) -> Iterator[Callable[[Mapping[str, str]], Non
     if path is None:
         yield lambda row: None
         return
-    with write_locally(str(path)) as name, open(name, "w", encoding="utf-8") as file:
+    with staged_write(str(path)) as name, open(name, "w", encoding="utf-8") as file:
         yield lambda row: print(json.dumps(row), file=file)

@@ -18,7 +18,7 @@ from data_pipelines.order import HostShards
 from data_pipelines.storage.object_log import check_logs
 from data_pipelines.storage.paths import RemotePath
 from data_pipelines.storage.retry import set_retry_limit
-from data_pipelines.tokenizers import Tokenizer, fingerprint
+from data_pipelines.tokenizers import Tokenizer, vocab_fingerprint
 from data_pipelines.workers import check_workers, fit_prefetch
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation
@@ -305,7 +305,7 @@ def check_processes_agree(config: RunConfig, tokenizer: Tokenizer, force: Sequen
         UserError: names what differs, and in which process.
     """
     fields = {f"config.{name}": value for name, value in flatten_config(config).items()}
-    run = {"--force-change": list(force), "the tokenizer": fingerprint(tokenizer), "a run in --workdir": resumes}
+    run = {"--force-change": list(force), "the tokenizer": vocab_fingerprint(tokenizer), "a run in --workdir": resumes}
     check_same_across_processes({**fields, **run})
 
 
@@ -380,7 +380,7 @@ def device_batches(
 
 def data_position(step: int, streams: Mapping[str, Stream]) -> DataPosition:
     """Return the data position to save after ``step`` steps."""
-    return DataPosition(step, {name: stream.position() for name, stream in streams.items()})
+    return DataPosition(step, {name: stream.fingerprint() for name, stream in streams.items()})
 
 
 def check_data_unchanged(position: DataPosition, streams: Mapping[str, Stream], changed: Collection[str] = ()) -> None:

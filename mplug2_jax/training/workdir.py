@@ -15,7 +15,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.storage.file_system import write_atomically
 from data_pipelines.storage.object_log import flush_logs
 from data_pipelines.storage.paths import RemotePath, to_path
-from data_pipelines.tokenizers import Tokenizer, fingerprint, load_tokenizer, train_sentencepiece, train_wordpiece
+from data_pipelines.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece, vocab_fingerprint
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig, SpecialTokens
@@ -174,7 +174,7 @@ def check_tokenizer_unchanged(config: RunConfig, tokenizer: Tokenizer, changes: 
         DataError: as :func:`load_or_train_tokenizer`.
     """
     changed = next((change for change in changes if change.field.startswith("tokenizer.")), None)
-    if changed and fingerprint(load_or_train_tokenizer(config.tokenizer)) != fingerprint(tokenizer):
+    if changed and vocab_fingerprint(load_or_train_tokenizer(config.tokenizer)) != vocab_fingerprint(tokenizer):
         raise UserError(
             f"config.{changed} names another tokenizer than the one that the run's word tables belong to: set it back, "
             "or start a new --workdir"

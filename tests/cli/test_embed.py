@@ -139,7 +139,7 @@ def test_the_clips_of_an_annotation_file_are_embedded(contrastive_run: Path, med
         ("{media}/a.png --feature visual/ou", "feature 'visual/ou' does not exist for images: did you"),
         ("{media}/a.png --pool mean", "--pool mean is for the tokens of a tap, but feature 'contrastive' is one"),
         ("{media}/a.png --split x", "source.split='x' is not read by format 'files'"),
-        ("{media}/a.mp4 --kind image", "{media}/a.mp4 is or holds no image by its"),
+        ("{media}/a.mp4 --kind image", "{media}/a.mp4 contains no image files"),
         ("webdatase:{media}", "webdatase:{media} does not exist; expected"),
     ],
 )

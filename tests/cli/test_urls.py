@@ -36,8 +36,8 @@ from .test_bad_input import error_of
 
 def files(folder: Path) -> dict[str, bytes]:
     """Return the bytes of all files below a folder, local or not, by their paths in it."""
-    system, plain = file_system(str(folder))
-    return {name.removeprefix(plain).lstrip("/"): system.cat_file(name) for name in system.find(plain)}
+    fs, fs_path = file_system(str(folder))
+    return {name.removeprefix(fs_path).lstrip("/"): fs.cat_file(name) for name in fs.find(fs_path)}
 
 
 def comparable(content: bytes, root: Path) -> bytes:

@@ -139,7 +139,7 @@ def config(place: str, kind: str) -> DataConfig:
 
 def read(place: str, kind: str) -> list[tuple[list[Any], dict[str, Any]]]:
     stream = Stream(config(place, kind), TOKENIZER, name="s", seed=0)
-    assert stream.position()["sources"].keys() == config(place, kind).sources.keys()
+    assert stream.fingerprint()["sources"].keys() == config(place, kind).sources.keys()
     batches = itertools.islice(stream.batches(), STEPS)
     return [([(row.example.key, row.bad_records) for row in batch.rows], batch.arrays) for batch in batches]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.storage.paths import to_path, upload_folder
-from data_pipelines.tokenizers import fingerprint
+from data_pipelines.tokenizers import vocab_fingerprint
 from mplug2_jax.config import as_recipe, build, load_recipe
 from mplug2_jax.errors import UserError
 from mplug2_jax.recipes.folder import MIN_HELDOUT, MIN_RECORDS, split_folder
@@ -98,7 +98,7 @@ def test_a_folder_in_a_bucket_is_the_same_run(tmp_path: Path, bucket: str) -> No
     assert find_changes(local, remote)
     assert {change.kind for change in find_changes(local, remote)} == {"runtime"}
     texts = (load_or_train_tokenizer(run.tokenizer) for run in (local, remote))
-    assert len({fingerprint(tokenizer) for tokenizer in texts}) == 1
+    assert len({vocab_fingerprint(tokenizer) for tokenizer in texts}) == 1
 
 
 @pytest.mark.parametrize(

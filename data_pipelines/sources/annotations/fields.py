@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_pipelines.errors import DataError
 from data_pipelines.record import Box, Entailment, Expression, Question, Record
-from data_pipelines.sources.annotations.layouts import ENTRY_NAME, read_rows
+from data_pipelines.sources.annotations.layouts import ROW_KEY_FIELD, read_rows
 from data_pipelines.sources.annotations.media import find_media
 from data_pipelines.sources.annotations.rows import Row, filter_split, normalize_name
 from data_pipelines.sources.annotations.source import AnnotationFormat, MediaContext
@@ -17,7 +17,7 @@ from data_pipelines.storage.retry import is_remote
 
 IMAGE_FIELDS = (
     "video_id", "video", "clip_name", "gif_name", "image", "image_path", "image_name", "file_name", "image_id",
-    ENTRY_NAME,
+    ROW_KEY_FIELD,
 )  # fmt: skip
 CAPTION_FIELDS = (
     "golden_captions", "golden_caption", "captions", "caption", "enCap", "sentence", "desc", "description", "comment",
@@ -30,7 +30,7 @@ PAIR_FIELDS = (
 LABEL_FIELDS = ("gold_label", "label")
 EXPRESSION_FIELDS, BOX_FIELDS = ("expression", "phrase", "sents", "refexp", "sentences"), ("bbox", "box")
 TEXT_FIELDS = ("texts", "text")
-ID_FIELDS = ("question_id", "ref_id", "id", "key", ENTRY_NAME)
+ID_FIELDS = ("question_id", "ref_id", "id", "key", ROW_KEY_FIELD)
 """The names of each kind of field, the first present one is read. Case, ``_`` and spaces are ignored."""
 
 KNOWN_FIELDS = frozenset(
@@ -77,7 +77,7 @@ def to_record(row: Row, context: MediaContext) -> Record:
     contents = (record.captions, record.questions, record.expressions, record.label, record.texts, record.entailments)
     if not any(contents):
         expected = (*CAPTION_FIELDS, "question", *SUMMARY_FIELDS, *BOX_FIELDS, *LABEL_FIELDS, *TEXT_FIELDS)
-        row.need(*(EXPRESSION_FIELDS if row.find(BOX_FIELDS) else ()), *expected)
+        row.require(*(EXPRESSION_FIELDS if row.find(BOX_FIELDS) else ()), *expected)
     return record
 
 
@@ -94,10 +94,10 @@ def _questions(row: Row) -> tuple[Question, ...]:
         return ()
     if row.find(ANSWER_FIELDS) is None and row.find(("sentence",)) is not None:  # a pair of a question and a sentence
         return ()
-    return (rank_answers(row, *ANSWER_FIELDS),)
+    return (question_with_ranked_answers(row, *ANSWER_FIELDS),)
 
 
-def rank_answers(row: Row, *names: str) -> Question:
+def question_with_ranked_answers(row: Row, *names: str) -> Question:
     """Return a row's question with its most frequent, or most weighted, answer; ties go to the first.
 
     The alternative answers include repetitions. Blank ones come last: metrics count them.
@@ -105,7 +105,7 @@ def rank_answers(row: Row, *names: str) -> Question:
     Raises:
         DataError: no question, or no answer that is not blank.
     """
-    value, weights = row.need(*names), row.find(("weight", "weights"))
+    value, weights = row.require(*names), row.find(("weight", "weights"))
     answers = (("no", "yes")[value],) if isinstance(value, bool) else row.all_texts(*names)
     if isinstance(weights, list) and len(weights) == len(answers):
         answers = tuple(answers[i] for i in sorted(range(len(answers)), key=lambda i: -float(weights[i])))
@@ -131,7 +131,7 @@ def _box(row: Row, path: str) -> Box:
     """Return a box of pixels x, y, width, height (COCO's and RefCOCO's) as fractions of the image."""
     width, height = row.find(("width",)), row.find(("height",))
     try:
-        x, y, w, h = map(float, row.need(*BOX_FIELDS))
+        x, y, w, h = map(float, row.require(*BOX_FIELDS))
         if width is None or height is None:
             # The size is in the header; no pixels are decoded.
             with Image.open(io.BytesIO(read_bytes(path)) if is_remote(path) else path) as image:

@@ -12,7 +12,7 @@ from data_pipelines.sources.annotations.tables import read_table
 from data_pipelines.sources.files import read_text
 
 Answer = Literal["yes", "no", "maybe"]
-Meaning = TypeVar("Meaning", bound=str)
+MappedLabel = TypeVar("MappedLabel", bound=str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class _Task:
     words: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-_FOLLOWS: Mapping[str, Answer] = {"entailment": "yes", "not_entailment": "no"}
-_SAME: Mapping[str, Answer] = {"1": "yes", "0": "no"}
+_ENTAILMENT_LABELS: Mapping[str, Answer] = {"entailment": "yes", "not_entailment": "no"}
+_EQUIVALENCE_LABELS: Mapping[str, Answer] = {"1": "yes", "0": "no"}
 _COLA = ("source", "acceptability", "original", "sentence")
 
 TASKS: Mapping[str, _Task] = {
@@ -35,11 +35,12 @@ TASKS: Mapping[str, _Task] = {
     "MNLI": _Task(
         ("sentence1", "sentence2"), "gold_label", {"entailment": "yes", "contradiction": "no", "neutral": "maybe"}
     ),
-    "MRPC": _Task(("#1 String", "#2 String"), "Quality", _SAME),
-    "QNLI": _Task(("sentence", "question"), "label", _FOLLOWS),
-    "QQP": _Task(("question1", "question2"), "is_duplicate", _SAME),
+    "MRPC": _Task(("#1 String", "#2 String"), "Quality", _EQUIVALENCE_LABELS),
+    "QNLI": _Task(("sentence", "question"), "label", _ENTAILMENT_LABELS),
+    "QQP": _Task(("question1", "question2"), "is_duplicate", _EQUIVALENCE_LABELS),
     "STS-B": _Task(("sentence1", "sentence2"), "score"),
-    "RTE": _Task(("sentence1", "sentence2"), "label", {**_FOLLOWS, **_SAME}),  # and WNLI, whose columns are the same
+    # And WNLI, whose columns are the same.
+    "RTE": _Task(("sentence1", "sentence2"), "label", {**_ENTAILMENT_LABELS, **_EQUIVALENCE_LABELS}),
 }
 """Recognized by their columns. For pairs "yes" means that the second text follows from the first, or means the same."""
 
@@ -74,15 +75,15 @@ def _to_record(row: Row, context: MediaContext) -> Record:
     texts = tuple(row.text(name) for name in task.texts)
     label = row.text(task.label)
     if task.words:
-        return Record(key, texts=texts, label=_meaning(row, task.words, label))
+        return Record(key, texts=texts, label=_map_label(row, task.words, label))
     if not task.answers:
         return Record(key, texts=texts, label=label)
     premise, hypothesis = texts
-    answer = _meaning(row, task.answers, label)
+    answer = _map_label(row, task.answers, label)
     return Record(key, texts=texts, entailments=(Entailment(premise, hypothesis, answer),))
 
 
-def _meaning(row: Row, table: Mapping[str, Meaning], label: str) -> Meaning:
+def _map_label(row: Row, table: Mapping[str, MappedLabel], label: str) -> MappedLabel:
     if label not in table:
         raise DataError(f"{row.where} has the label {label!r}, expected one of {', '.join(table)}")
     return table[label]

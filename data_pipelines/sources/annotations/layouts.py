@@ -7,11 +7,11 @@ from typing import Any
 from absl import logging
 
 from data_pipelines.errors import DataError
-from data_pipelines.sources.annotations.rows import Row, as_missing, normalize_name, read_json
+from data_pipelines.sources.annotations.rows import Row, nan_to_none, normalize_name, read_json
 from data_pipelines.sources.annotations.tables import read_table
 from data_pipelines.sources.files import media_kind, read_text
 
-ENTRY_NAME = "name in the file"
+ROW_KEY_FIELD = "name in the file"
 """The field for the key of a row in an object of rows."""
 
 _METADATA_FIELDS = frozenset({"comment", "desc", "description", "text"})  # which may also describe a file
@@ -65,7 +65,7 @@ def _items(path: str, items: Iterable[Any]) -> Iterator[Row]:
 
 def _parse_sequence(text: str, max_values: int | None = None) -> list[Any] | None:
     """Return JSON values separated by white space or commas; None for other content."""
-    decoder, values, at = json.JSONDecoder(parse_constant=as_missing), list[Any](), 0
+    decoder, values, at = json.JSONDecoder(parse_constant=nan_to_none), list[Any](), 0
     try:
         while at < len(text):
             if text[at].isspace() or text[at] == ",":
@@ -123,7 +123,9 @@ def _are_rows_by_key(rows: Fields, known: Set[str]) -> bool:
 
 def _rows_by_key(rows: Fields) -> list[Fields]:
     """Return the rows of an object by key; a value that is not a row is its captions."""
-    return [{ENTRY_NAME: name, **(row if isinstance(row, dict) else {"captions": row})} for name, row in rows.items()]
+    return [
+        {ROW_KEY_FIELD: name, **(row if isinstance(row, dict) else {"captions": row})} for name, row in rows.items()
+    ]
 
 
 def _transpose(content: Fields, known_names: Sequence[str]) -> list[Fields]:

@@ -58,9 +58,9 @@ def _find(path: str, kind: Kind) -> str | None:
 @functools.lru_cache(maxsize=1024)
 def _media_in(folder: str) -> Mapping[str, Sequence[str]]:
     """Return the names of a folder's images and videos by their stems. The folder is listed once."""
-    system, plain = file_system(folder)
+    fs, fs_path = file_system(folder)
     try:
-        paths = system.ls(plain)
+        paths = fs.ls(fs_path)
     except OSError:
         return {}
     names = collections.defaultdict[str, list[str]](list)
@@ -71,9 +71,9 @@ def _media_in(folder: str) -> Mapping[str, Sequence[str]]:
 
 @functools.lru_cache(maxsize=100_000)
 def _exists_remotely(path: str) -> bool:
-    system, plain = file_system(path)
+    fs, fs_path = file_system(path)
     try:
-        return system.isfile(plain)
+        return fs.isfile(fs_path)
     except OSError as error:
         if is_refused(path, error):
             raise

@@ -9,7 +9,7 @@ from typing import Any
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.record import Record, check_index
-from data_pipelines.sources.annotations.fields import rank_answers
+from data_pipelines.sources.annotations.fields import question_with_ranked_answers
 from data_pipelines.sources.annotations.layouts import detect_format, group_by_id, normalize_id, read_rows
 from data_pipelines.sources.annotations.media import find_media
 from data_pipelines.sources.annotations.rows import Row, filter_split, read_json
@@ -97,7 +97,12 @@ def _to_record_vqa(row: Row, context: MediaContext) -> Record:
     number = row.text("image_id").zfill(12)
     names = (f"COCO_{row.find(('subtype',))}_{number}.jpg", f"{number}.jpg")
     media = find_media(context.folder, context.kind, *names)
-    return Record(_key(row, row.text("question_id")), number, media=media, questions=(rank_answers(row, "answers"),))
+    return Record(
+        _key(row, row.text("question_id")),
+        number,
+        media=media,
+        questions=(question_with_ranked_answers(row, "answers"),),
+    )
 
 
 _KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split", "is_cc")
@@ -151,7 +156,7 @@ def _to_record_kinetics(row: Row, context: MediaContext) -> Record:
         media = find_media(context.folder, context.kind, path)
         return Record(_key(row, str(name.with_suffix(""))), path, media=media, label=label)
     video, label = row.text("youtube_id"), row.text("label")
-    clip = f"{video}_{int(float(row.need('time_start'))):06}_{int(float(row.need('time_end'))):06}"
+    clip = f"{video}_{int(float(row.require('time_start'))):06}_{int(float(row.require('time_end'))):06}"
     folders = (label, label.replace(" ", "_"))
     names = (clip, video, *(f"{folder}/{name}" for folder in folders for name in (clip, video)))
     return Record(_key(row, clip), clip, media=find_media(context.folder, context.kind, *names), label=label)

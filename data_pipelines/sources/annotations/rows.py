@@ -81,15 +81,15 @@ class Row:
                 raise DataError(f"{self.where}: {field} {error}") from error
         return "", None
 
-    def need(self, *names: str) -> Any:
+    def require(self, *names: str) -> Any:
         """Return the value of the first of several fields that is not empty.
 
         Raises:
             DataError: all are empty; lists the row's fields, and one with a similar name.
         """
-        return self._need(names)[1]
+        return self._require(names)[1]
 
-    def _need(self, names: tuple[str, ...]) -> tuple[str, Any]:
+    def _require(self, names: tuple[str, ...]) -> tuple[str, Any]:
         name, value = self._find(names)
         if value is not None:
             return name, value
@@ -103,8 +103,8 @@ class Row:
         raise DataError(f"{self.where} has no {expected}; its fields are {found}{hint}")
 
     def text(self, *names: str) -> str:
-        """Return the first of several fields as text; numbers become digits. Raises as :meth:`need`."""
-        name, value = self._need(names)
+        """Return the first of several fields as text; numbers become digits. Raises as :meth:`require`."""
+        name, value = self._require(names)
         if isinstance(value, dict | list | bool):
             raise DataError(f"{self.where}: {name} is a {type(value).__name__}, expected text")
         return _text(value)
@@ -158,12 +158,12 @@ def _text(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else clean_text(str(value))
 
 
-def as_missing(constant: str) -> None:
+def nan_to_none(constant: str) -> None:
     """Parse NaN and Infinity, which pandas writes for missing values, as None."""
     del constant
 
 
-parse_json = functools.partial(json.loads, parse_constant=as_missing)
+parse_json = functools.partial(json.loads, parse_constant=nan_to_none)
 """``json.loads`` with NaN and Infinity as missing values."""
 
 

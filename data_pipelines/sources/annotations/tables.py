@@ -101,12 +101,12 @@ def _cells(lines: Sequence[str], at: int, delimiter: str, width: int, quotes: bo
     try:
         cells = next(reader)
     except csv.Error:  # an unbalanced quote, or text after the closing quote
-        return [_unquoted(cell) for cell in literal], at + 1
+        return [_unquote(cell) for cell in literal], at + 1
     end = at + reader.line_num
     if len(literal) == width and end > at + 1:
         next_rows = [line.rstrip("\r\n").split(delimiter) for line in lines[at + 1 : end]]
         if all(len(row) == width and any(map(_same_column, literal, row)) for row in next_rows):
-            return [_unquoted(cell) for cell in literal], at + 1
+            return [_unquote(cell) for cell in literal], at + 1
     return cells, end
 
 
@@ -119,7 +119,7 @@ def _same_column(cell: str, other: str) -> bool:
     return (cell.isdigit() and other.isdigit()) or (suffix.isalnum() and other.strip(' "').endswith(f".{suffix}"))
 
 
-def _unquoted(cell: str) -> str:
+def _unquote(cell: str) -> str:
     inner = cell.strip()
     is_quoted = len(inner) > 1 and inner[0] == inner[-1] == '"'
     return inner[1:-1].replace('""', '"') if is_quoted else cell

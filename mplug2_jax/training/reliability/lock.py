@@ -150,8 +150,8 @@ class WorkDirLock:
         self._remove_new_folders()
 
     def _create(self) -> bool:
-        system, plain = file_system(str(self._path))
-        return system.create(plain, self._to_bytes())
+        fs, fs_path = file_system(str(self._path))
+        return fs.create(fs_path, self._to_bytes())
 
     def _take_over(self) -> None:
         """Wait until the holder proves to be alive, which is an error, or dead."""
@@ -215,8 +215,8 @@ class WorkDirLock:
 def _read(path: Path) -> tuple[bytes, Holder | None]:
     """Return the contents of a lock file (empty if there is none) and its holder (None while it is being written)."""
     try:
-        system, plain = file_system(str(path))
-        data = system.cat_file(plain, 0, 2**16)
+        fs, fs_path = file_system(str(path))
+        data = fs.cat_file(fs_path, 0, 2**16)
         return data, build(Holder, json.loads(data))
     except FileNotFoundError:
         return b"", None

@@ -227,9 +227,9 @@ class Slices:
     def _create_members(self, slices: Sequence[int]) -> None:
         """Create the list of members, unless another host has done so."""
         leader = json.loads(self._path(slices[0], 0).read_text(encoding="utf-8"))["leader"]
-        system, plain = file_system(str(self._attempt / _MEMBERS))
+        fs, fs_path = file_system(str(self._attempt / _MEMBERS))
         members = {"slices": slices, "leader": leader, "by": self._host.slice_index}
-        system.create(plain, json.dumps(members).encode())
+        fs.create(fs_path, json.dumps(members).encode())
 
     def _read_members(self) -> bool:
         """Read the list of members, and return whether there is one."""

@@ -15,7 +15,7 @@ from data_pipelines.loader import Stream
 from data_pipelines.preparation.corpus import chunk_corpus, write_corpus
 from data_pipelines.sources.array_record import ArrayRecordSource
 from data_pipelines.sources.files import read_lines
-from data_pipelines.tokenizers import fingerprint, train_wordpiece
+from data_pipelines.tokenizers import train_wordpiece, vocab_fingerprint
 
 TOKENIZER = train_wordpiece(vocabulary_texts(60), 160)
 WORDS = st.lists(
@@ -52,11 +52,11 @@ def test_a_corpus_is_a_text_source(tmp_path: Path) -> None:
     record, rng = ArrayRecordSource(str(out))[0], np.random.default_rng(0)
     short, fits = (ExampleConfig(text="sentence", text_length=length) for length in (8, 16))
     with pytest.raises(
-        DataError, match=rf"0 has 16 tokens of tokenizer {fingerprint(TOKENIZER)}, expected at most text_l"
+        DataError, match=rf"0 has 16 tokens of tokenizer {vocab_fingerprint(TOKENIZER)}, expected at most text_l"
     ):
         make_example(record, short, TOKENIZER, rng)
     other = train_wordpiece(vocabulary_texts(60), 120)
-    with pytest.raises(DataError, match=rf"text_length=16 of {fingerprint(other)}; chunk the corpus again"):
+    with pytest.raises(DataError, match=rf"text_length=16 of {vocab_fingerprint(other)}; chunk the corpus again"):
         make_example(record, fits, other, rng)
 
 

@@ -54,7 +54,7 @@ def consume(results: Iterable[Any]) -> None:
 
 @given(count=st.integers(1, 64), items=st.integers(0, 200))
 def test_every_item_belongs_to_one_worker(count: int, items: int) -> None:
-    shares = [Worker(index, count).share(range(items)) for index in range(count)]
+    shares = [Worker(index, count).select_share(range(items)) for index in range(count)]
     assert sorted(item for share in shares for item in share) == list(range(items))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert [parse_worker(f"{index}/{count}") for index in (0, count - 1)] == [

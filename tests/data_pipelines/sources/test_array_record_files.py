@@ -101,10 +101,10 @@ def test_other_files(data: bytes) -> None:
 
 
 def test_a_record_is_one_request(bucket: str, tmp_path: Path, proxy: fault_proxy.FaultProxy) -> None:
-    system, plain = file_system(bucket)
+    fs, fs_path = file_system(bucket)
     for i, options in enumerate(["uncompressed", "zstd", "brotli"]):
         write(tmp_path / "a", f"group_size:1,{options}", *noise([100_000 + i] * 30))
-        system.upload(str(tmp_path / "a"), f"{plain}/{i}.array_record")
+        fs.upload(str(tmp_path / "a"), f"{fs_path}/{i}.array_record")
     proxy.requests.clear()
     files = open_files(find_files(f"{bucket}/*.array_record"))
     assert len(proxy.requests) == 1 + len(files)  # the listing, and the ends of the files
@@ -117,9 +117,9 @@ def test_a_record_is_one_request(bucket: str, tmp_path: Path, proxy: fault_proxy
 def test_a_long_footer_takes_another_request(
     bucket: str, tmp_path: Path, proxy: fault_proxy.FaultProxy
 ) -> None:  # fmt: skip
-    system, plain = file_system(bucket)
+    fs, fs_path = file_system(bucket)
     write(tmp_path / "a", "group_size:1,uncompressed", *(b"%d" % i for i in range(30_000)))
-    system.upload(str(tmp_path / "a"), f"{plain}/a.array_record")
+    fs.upload(str(tmp_path / "a"), f"{fs_path}/a.array_record")
     found = find_files(f"{bucket}/a.array_record")
     proxy.requests.clear()
     (file,) = open_files(found)

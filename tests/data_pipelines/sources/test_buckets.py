@@ -14,7 +14,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.media import Media
 from data_pipelines.record import Record
 from data_pipelines.sources.array_record import encode_record
-from data_pipelines.sources.fingerprint import fingerprint
+from data_pipelines.sources.fingerprint import source_fingerprint
 from data_pipelines.sources.formats import FORMATS, open_source
 from data_pipelines.storage.paths import to_path, upload_folder
 from data_pipelines.visual import load_visual
@@ -111,7 +111,7 @@ def test_records_of_a_bucket_are_those_of_a_disk(path: str, folder: Path, bucket
     local, remote = (open_source(config(root), VISUAL) for root in (str(folder), f"{bucket}/data"))
     assert len(local) == len(remote) >= 1
     assert [plain(remote[i]) for i in range(len(remote))] == [plain(local[i]) for i in range(len(local))]
-    assert fingerprint(config(f"{bucket}/data")) == fingerprint(config(str(folder)))
+    assert source_fingerprint(config(f"{bucket}/data")) == source_fingerprint(config(str(folder)))
 
 
 def test_all_formats_are_read_from_buckets() -> None:

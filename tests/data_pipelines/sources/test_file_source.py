@@ -67,7 +67,7 @@ def test_missing_files_of_a_kind(folder: Path) -> None:
     (folder / "empty").mkdir()
     for path, message in (
         (folder / "missing", "does not exist or is not a folder"), (folder / "empty", "holds no image, video or .txt"),
-        (folder / "a.mp4", "is or holds no image by its files' names: 1 of kind 'video'; set another kind"),
+        (folder / "a.mp4", "contains no image files: 1 of kind 'video'; set another kind"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             open_source(SourceConfig(format="files", path=str(path)), VISUAL)
@@ -89,7 +89,7 @@ def test_animations_are_videos_and_images(remote: bool, tmp_path: Path) -> None:
     assert sources["video"] == ["moves.gif", "moves.png", "moves.webp", "still.gif"]
     assert sources["image"] == ["moves.gif", "moves.png", "moves.webp", "still.gif", "still.png", "still.webp"]
     assert FileSource(f"{root}/moves.webp", "video")[0].media.kind == "video"
-    with pytest.raises(DataError, match=r"still\.webp is or holds no video by .*: 1 of kind 'image'"):
+    with pytest.raises(DataError, match=r"still\.webp contains no video files: 1 of kind 'image'"):
         FileSource(f"{root}/still.webp", "video")
 
 

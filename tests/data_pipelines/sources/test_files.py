@@ -15,13 +15,13 @@ from tests import fault_proxy
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return a folder with files, on a disk and in a bucket."""
     root = str(tmp_path / "data") if request.param == "disk" else f"{request.getfixturevalue('bucket')}/data"
-    system, plain = file_system(root)
+    fs, fs_path = file_system(root)
     for i in range(40):
         for name in (f"{i:03}.tar", f"b/{i:02}/x [1].tar", f"b/{i:02}/{i}.txt"):
-            if system.is_local:
-                Path(plain, name).parent.mkdir(parents=True, exist_ok=True)
-            system.write(f"{plain}/{name}", b"x" * i)
-    system.write(f"{plain}/.hidden.tar", b"")
+            if fs.is_local:
+                Path(fs_path, name).parent.mkdir(parents=True, exist_ok=True)
+            fs.write(f"{fs_path}/{name}", b"x" * i)
+    fs.write(f"{fs_path}/.hidden.tar", b"")
     return root
 
 
@@ -40,13 +40,13 @@ CASES = {
 
 @pytest.mark.parametrize("pattern", CASES)
 def test_files_of_a_pattern(pattern: str, root: str, proxy: fault_proxy.FaultProxy) -> None:
-    system, plain = file_system(root)
+    fs, fs_path = file_system(root)
     proxy.requests.clear()
     found = find_files(f"{root}{pattern}", ".tar")
     num_folders = 40 if re.fullmatch("/b/.*[*].*", pattern) else 0  # each is listed
     assert len(proxy.requests) <= 6 + num_folders
-    assert [file.path for file in found] == [f"{system.url(plain)}/{name}" for name in CASES[pattern]]
-    assert [file.size for file in found[-1:]] == [system.info(f"{plain}/{CASES[pattern][-1]}")["size"]]
+    assert [file.path for file in found] == [f"{fs.url(fs_path)}/{name}" for name in CASES[pattern]]
+    assert [file.size for file in found[-1:]] == [fs.info(f"{fs_path}/{CASES[pattern][-1]}")["size"]]
     assert len({file.version for file in found} - {""}) >= 1
 
 

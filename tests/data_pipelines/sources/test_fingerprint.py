@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.config import SourceConfig
 from data_pipelines.sources import fingerprint as module
-from data_pipelines.sources.fingerprint import fingerprint
+from data_pipelines.sources.fingerprint import source_fingerprint
 
 
 def annotations(folder: Path) -> Path:
@@ -61,7 +61,7 @@ def test_the_fingerprint_covers_the_files_that_are_read_only(case: str, tmp_path
     path = make(tmp_path / "data")
 
     def current(at: Path = path) -> Any:
-        return fingerprint(SourceConfig(format=format, kind=kind, path=str(at)))
+        return source_fingerprint(SourceConfig(format=format, kind=kind, path=str(at)))
 
     before = current()
     counts = {"a file": 1, "annotation files": 2, "tars": 2, "classes": 3, "loose files": 3, "captions": 4}
@@ -93,10 +93,10 @@ def test_a_sample_of_many_files_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     read: list[int] = []
     monkeypatch.setattr(module, "MAX_BYTES", 4)
     monkeypatch.setattr(module, "read_bytes", lambda path, offset, size: read.append(size) or b"")
-    assert fingerprint(SourceConfig(format="files", path=str(tmp_path)))["bytes"] == 1000
+    assert source_fingerprint(SourceConfig(format="files", path=str(tmp_path)))["bytes"] == 1000
     assert len(read) <= module.MAX_FILES
     assert set(read) == {4}
 
 
 def test_synthetic_sources_have_no_fingerprint() -> None:
-    assert fingerprint(SourceConfig(max_records=3)) == {}
+    assert source_fingerprint(SourceConfig(max_records=3)) == {}

@@ -15,7 +15,7 @@ from data_pipelines.config import Kind, SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.record import Source
 from data_pipelines.sources import folder as module
-from data_pipelines.sources.folder import words_of_name
+from data_pipelines.sources.folder import caption_from_filename
 from data_pipelines.sources.formats import open_source
 
 
@@ -78,7 +78,7 @@ def test_file_names_are_the_captions_of_a_folder_without_any(tmp_path: Path) -> 
     ],
 )  # fmt: skip
 def test_words_of_names(name: str, words: str) -> None:
-    assert words_of_name(name) == words
+    assert caption_from_filename(name) == words
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from data_pipelines import video
 from data_pipelines.config import SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
-from data_pipelines.media import join_frames
+from data_pipelines.media import mux_frames
 from data_pipelines.record import Entailment, Question, Record
 from data_pipelines.sources.formats import open_source
 from data_pipelines.visual import load_visual
@@ -85,7 +85,7 @@ def test_videos_by_random_access(prepared: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("frames", [[], [b"GIF89a"], [b""]])
 def test_videos_without_readable_frames(frames: list[bytes]) -> None:
     with pytest.raises(DataError, match=r"x has no frame in PNG or JPEG \(.*\); replace or remove it"):
-        join_frames(frames, "x")
+        mux_frames(frames, "x")
 
 
 def test_captions_pairs_sentences_and_summaries(prepared: Path) -> None:

@@ -184,27 +184,27 @@ def test_a_local_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_local_names_are_literal_and_errors_are_not_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
-        system, plain = file_system(str(tmp_path / name / name))
-        os.mkdir(os.path.dirname(plain))
-        assert system.create(plain, b"data")
-        assert not system.create(plain, b"other")
-        assert system.ls(os.path.dirname(plain)) == system.glob("*", os.path.dirname(plain)) == [plain]
-        assert system.cat_file(plain) == b"data"
-        assert file_system(f"file://{plain}") == (system, plain)
-    assert not system.exists(f"{plain}/below a file")
+        fs, fs_path = file_system(str(tmp_path / name / name))
+        os.mkdir(os.path.dirname(fs_path))
+        assert fs.create(fs_path, b"data")
+        assert not fs.create(fs_path, b"other")
+        assert fs.ls(os.path.dirname(fs_path)) == fs.glob("*", os.path.dirname(fs_path)) == [fs_path]
+        assert fs.cat_file(fs_path) == b"data"
+        assert file_system(f"file://{fs_path}") == (fs, fs_path)
+    assert not fs.exists(f"{fs_path}/below a file")
     for target, found in (("100%", "folder"), ("100%/100%", "file"), ("none", "")):
         link = tmp_path / f"link to {target.count('/')} {found}"
         link.symlink_to(tmp_path / target)
-        kinds = (system.exists(str(link)), system.isfile(str(link)), system.isdir(str(link)))
+        kinds = (fs.exists(str(link)), fs.isfile(str(link)), fs.isdir(str(link)))
         assert kinds == (bool(found), found == "file", found == "folder")
-    assert not system.exists(f"/{'x' * 1000}")
+    assert not fs.exists(f"/{'x' * 1000}")
 
     def stat(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied", "x")
 
     monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(PermissionError):
-        system.exists(plain)
+        fs.exists(fs_path)
 
 
 class _WithoutRanges(http.server.BaseHTTPRequestHandler):
@@ -245,6 +245,6 @@ def test_an_unknown_scheme_is_one_sentence() -> None:
 
 
 def test_gcsfs_has_what_this_package_replaces() -> None:
-    """A release of gcsfs without them would repeat requests by its own rules, and list a kilobyte for each object."""
+    """A release of gcsfs without them would retry requests by its own rules, and list a kilobyte for each object."""
     assert gcs._request_once is not gcs.core.GCSFileSystem._request
     assert gcs.GoogleStorage._request is not gcs.core.GCSFileSystem._request

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage.file_system import FileSystem
-from data_pipelines.storage.local_files import write_locally
+from data_pipelines.storage.local_files import staged_write
 from data_pipelines.storage.paths import check_can_write, to_path, upload_folder
 
 
@@ -16,12 +16,12 @@ def test_an_output_appears_once_it_is_complete(is_remote: bool, tmp_path: Path, 
     folder = to_path(f"{bucket}/out") if is_remote else tmp_path
     (folder / "other").write_text("kept")
     path = folder / "a.txt"
-    with contextlib.suppress(KeyboardInterrupt), write_locally(str(path)) as file:
+    with contextlib.suppress(KeyboardInterrupt), staged_write(str(path)) as file:
         Path(file).write_text("half")
         raise KeyboardInterrupt
     assert [child.name for child in folder.iterdir()] == ["other"]
     for text in ("first", "second"):
-        with write_locally(str(path)) as file:
+        with staged_write(str(path)) as file:
             Path(file).write_text(text)
             assert not path.exists() or path.read_text() == "first"
         assert path.read_text() == text

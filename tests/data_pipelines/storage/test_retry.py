@@ -1,4 +1,4 @@
-"""Requests end in the right value or error: which faults are transient, and how long they are repeated."""
+"""Requests end in the right value or error: which faults are transient, and how long they are retried."""
 
 import contextlib
 import errno
@@ -311,4 +311,4 @@ def test_a_bucket_that_refuses_and_one_that_is_gone(proxy: fault_proxy.FaultProx
         with pytest.raises(FileNotFoundError):
             path.read_text()
         assert not path.exists()
-    assert len(proxy.find("write")) == 3  # nothing of this was repeated
+    assert len(proxy.find("write")) == 3  # nothing of this was retried
