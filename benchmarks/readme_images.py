@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mplug2_jax.evaluation.result_format import upgrade_result
-from mplug2_jax.experiments.scaling import METRICS
+from mplug2_jax.experiments.runs import METRICS
 from mplug2_jax.metrics.units import format_metric
 from mplug2_jax.planning.text import format_bytes, format_range, format_seconds
 from mplug2_jax.report.metrics import read_metrics
@@ -28,6 +28,11 @@ LOSSES = {
     "image_text/vlc/loss": "VLC, images", "video_text/vlc/loss": "VLC, videos", "image_text/vlm/loss": "VLM, images",
     "image_text/ilm/loss": "ILM, images", "text/mlm/loss": "MLM, text",
 }  # fmt: skip
+SCORES = {
+    name: METRICS[name][0]
+    for name in ("image_caption", "image_question", "image_retrieval", "video_caption", "video_question", "video_retrieval",
+                 "masked_words")
+}  # fmt: skip
 SAMPLES = ("image_caption", "image_question", "video_caption", "video_question")
 MODEL_COLOR, BASELINE_COLOR = "#2563ab", "#c9ced6"
 
@@ -35,7 +40,7 @@ MODEL_COLOR, BASELINE_COLOR = "#2563ab", "#c9ced6"
 def draw_demo(workdir: Path) -> Figure:
     """Draw loss curves, scores and samples of a run of the demo."""
     folder = max(workdir.glob("evaluations/[0-9]*"), key=lambda folder: int(folder.name))
-    results = {name: upgrade_result(json.loads((folder / f"{name}.json").read_text())) for name in METRICS}
+    results = {name: upgrade_result(json.loads((folder / f"{name}.json").read_text())) for name in SCORES}
     figure = plt.figure(figsize=(9, 5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     losses, scores = top.subplots(1, 2)
@@ -52,15 +57,15 @@ def draw_demo(workdir: Path) -> Figure:
 
 def draw_scores(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
     """Draw the scores of the model, relative to the best, next to their baselines."""
-    for row, (name, metric) in enumerate(METRICS.items()):
+    for row, (name, metric) in enumerate(SCORES.items()):
         value, baseline = results[name]["metrics"][metric], results[name]["baselines"][metric]
         scale = max(value, baseline)
         axes.barh(row, value / scale, height=0.4, color=MODEL_COLOR, label="model" if not row else None)
         axes.barh(row + 0.4, baseline / scale, height=0.3, color=BASELINE_COLOR, label=None if row else "baseline")
         text = f"{format_metric(metric, value)} / {format_metric(metric, baseline)}"
         axes.text(1.02, row, text, va="center", fontsize=7)
-    axes.set(title="score / baseline", xlim=(0, 1.35), xticks=[], yticks=range(len(METRICS)))
-    axes.set_yticklabels([f"{name}, {metric}".replace("_", " ") for name, metric in METRICS.items()], fontsize=7)
+    axes.set(title="score / baseline", xlim=(0, 1.35), xticks=[], yticks=range(len(SCORES)))
+    axes.set_yticklabels([f"{name}, {metric}".replace("_", " ") for name, metric in SCORES.items()], fontsize=7)
     axes.invert_yaxis()
     axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.4, 0), ncols=2)
 

@@ -1,6 +1,8 @@
 """The benchmarks run at small sizes and print the numbers that the lab notes quote."""
 
+import ast
 import collections
+import importlib
 import os
 import re
 import subprocess
@@ -18,6 +20,19 @@ def run_benchmark(repository: Path, script: str, *args: str) -> str:
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+BENCHMARKS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_from_the_package_exists(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("mplug2_jax", "data_pipelines")):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                if not hasattr(module, alias.name):  # a submodule that nothing has imported yet
+                    importlib.import_module(f"{node.module}.{alias.name}")
 
 
 SPEEDS = r" +[\d.]+ s +[\d.]+ s +[\d.]+$"
