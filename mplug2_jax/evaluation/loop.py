@@ -61,9 +61,11 @@ class Evaluation:
         check_batch_divisible(f"{where}.data.batch_size", config.data.batch_size, mesh)
         # A batch is scored, with its examples, while the next one is put together.
         check_workers({f"{where}.data": config.data}, jax.process_count(), num_batches=2)
-        task, rows = TASKS[config.task], config.per_device_batch_size * num_batch_shards(mesh)
+        task = TASKS[config.task]
+        predict_batch_size = config.per_device_batch_size * num_batch_shards(mesh)
         try:
-            data = dataclasses.replace(config.data, batch_size=-(-config.data.batch_size // rows) * rows)
+            batch_size = -(-config.data.batch_size // predict_batch_size) * predict_batch_size
+            data = dataclasses.replace(config.data, batch_size=batch_size)
             self._set = EvaluationSet(data, tokenizer, name=name, seed=seed, min_answers=task.min_answers)
             first = self._set.first_example()
         except DataError as error:
@@ -80,12 +82,12 @@ class Evaluation:
             raise UserError(f"{where}.java_metrics is for the task 'caption', not for '{config.task}': remove it")
         self._score, self._external_metrics = task.score, task.external_metrics if config.java_metrics else None
         context = add_answers(context, config, where, model_def, tokenizer)
-        context = add_prompts(context, config, where, model_def, tokenizer, rows)
+        context = add_prompts(context, config, where, model_def, tokenizer, predict_batch_size)
         self._precompute = jit_precompute(config.task, model_def, context, mesh) if task.precompute else None
         self._predict = jit_predict(config.task, model_def, context, mesh)
         self._pair_scorer = None
         if task.score_pairs is not None:
-            self._pair_scorer = PairScorer(task.score_pairs, self._set, rows, model_def, context, mesh)
+            self._pair_scorer = PairScorer(task.score_pairs, self._set, predict_batch_size, model_def, context, mesh)
         self._rerank, self._context = task.rerank, context
         # References are compared as the tokenizer can represent them, but the release compares raw texts.
         self._round_trip: Callable[[str], str] = str
@@ -116,11 +118,11 @@ class Evaluation:
             with jax.set_mesh(self._mesh):
                 shared = self._precompute(params)
         predict = lambda batch: self._predict(params, batch | shared)  # noqa: E731
-        size = self._config.per_device_batch_size
+        per_device_batch_size = self._config.per_device_batch_size
         for batch in self._set.batches(HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh))):
             on_batch(f"batch {len(batches) + 1} of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
-                batches.append(predict_in_fixed_batches(predict, batch.arrays, size, self._mesh))
+                batches.append(predict_in_fixed_batches(predict, batch.arrays, per_device_batch_size, self._mesh))
             first_views = {row: example for row, example in batch.examples.items() if row % views == 0}
             local_examples |= {row: _without_frames(example) for row, example in first_views.items()}
             local_bad_records |= batch.bad_records

@@ -63,9 +63,9 @@ def adapter_shapes(config: LoraConfig) -> Callable[[Path, Any], Adapter]:
     return make
 
 
-def adapter_axes(_: Path, names: tuple[str | None, ...]) -> Adapter:
+def adapter_axes(_: Path, logical_axes: tuple[str | None, ...]) -> Adapter:
     """Return an adapter's logical axes from its kernel's; the rank is not sharded."""
-    *layers, rows, columns = names
+    *layers, rows, columns = logical_axes
     return {"a": (*layers, rows, None), "b": (*layers, None, columns)}
 
 
