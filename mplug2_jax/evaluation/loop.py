@@ -30,6 +30,7 @@ from mplug2_jax.evaluation.samples import Sample, choose_samples, reference_answ
 from mplug2_jax.metrics.classification import average_views
 from mplug2_jax.metrics.metric import bootstrap_ci
 from mplug2_jax.metrics.vqa import normalize_answer
+from mplug2_jax.model.config import check_has_parts
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import (
     check_batch_divisible,
@@ -66,13 +67,13 @@ class Evaluation:
         try:
             batch_size = -(-config.data.batch_size // predict_batch_size) * predict_batch_size
             data = dataclasses.replace(config.data, batch_size=batch_size)
-            self._set = EvaluationSet(data, tokenizer, name=name, seed=seed, min_answers=task.min_answers)
-            first = self._set.first_example()
+            self._dataset = EvaluationSet(data, tokenizer, name=name, seed=seed, min_answers=task.min_answers)
+            first = self._dataset.first_example()
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error
         check_task(where, config.task, {name: array.shape for name, array in first.arrays.items()}, model_def)
         assert task.score is not None
-        if self._set.views > 1 and not task.averages_views:
+        if self._dataset.views > 1 and not task.averages_views:
             raise UserError(
                 f"{where}.data.visual: num_clips={config.data.visual.num_clips} and "
                 f"num_crops={config.data.visual.num_crops} are views whose probabilities are "
@@ -87,7 +88,9 @@ class Evaluation:
         self._predict = jit_predict(config.task, model_def, context, mesh)
         self._pair_scorer = None
         if task.score_pairs is not None:
-            self._pair_scorer = PairScorer(task.score_pairs, self._set, predict_batch_size, model_def, context, mesh)
+            self._pair_scorer = PairScorer(
+                task.score_pairs, self._dataset, predict_batch_size, model_def, context, mesh
+            )
         self._rerank, self._context = task.rerank, context
         # References are compared as the tokenizer can represent them, but the release compares raw texts.
         self._round_trip: Callable[[str], str] = str
@@ -111,7 +114,7 @@ class Evaluation:
         batches: list[Mapping[str, NDArray[Any]]] = []
         local_examples: dict[int, Example] = {}
         local_bad_records: dict[int, BadRecord] = {}
-        views = self._set.views
+        views = self._dataset.views
         shared: Predictions = {}
         if self._precompute is not None:
             on_batch(f"classes of evaluation {self.name}")
@@ -119,7 +122,7 @@ class Evaluation:
                 shared = self._precompute(params)
         predict = lambda batch: self._predict(params, batch | shared)  # noqa: E731
         per_device_batch_size = self._config.per_device_batch_size
-        for batch in self._set.batches(HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh))):
+        for batch in self._dataset.batches(HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh))):
             on_batch(f"batch {len(batches) + 1} of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
                 batches.append(predict_in_fixed_batches(predict, batch.arrays, per_device_batch_size, self._mesh))
@@ -127,7 +130,7 @@ class Evaluation:
             local_examples |= {row: _without_frames(example) for row, example in first_views.items()}
             local_bad_records |= batch.bad_records
         examples, bad_records = _allgather_examples(local_examples, local_bad_records, views)
-        check_bad_fraction(list(bad_records.values()), len(self._set), self._config.data.max_bad_fraction)
+        check_bad_fraction(list(bad_records.values()), len(self._dataset), self._config.data.max_bad_fraction)
         # A row's index over all batches is its example's index in the set; rows without an example are skipped.
         indices = list(examples)
         predictions = _select_rows(batches, np.asarray(indices, np.int64), views)
@@ -150,7 +153,7 @@ class Evaluation:
         scores = [round(float(value), 4) for value in output.example_scores]
         samples: tuple[Sample, ...] = ()
         if is_primary_process():
-            samples = choose_samples(examples, output, scores, self._config.num_samples, self._set.__getitem__)
+            samples = choose_samples(examples, output, scores, self._config.num_samples, self._dataset.__getitem__)
         rows = tuple(
             {"key": example.key, "instruction": example.instruction, "prediction": prediction,
              "reference": reference_answers(example)[0], "score": score}
@@ -175,12 +178,7 @@ def check_task(where: str, name: str, example: Mapping[str, tuple[int, ...]], mo
     task, frames = TASKS[name], example.get("frames")
     task.check(set(example), where)
     needed = required_parts([(task, frames is not None, frames is not None and frames[0] > 1)])
-    missing = set(needed) - set(model_def.parts) - {"universal"}  # a run may disable the universal layers
-    if missing:
-        raise UserError(
-            f"{where}: task '{name}' needs the parts {', '.join(sorted(missing))}, which this model lacks "
-            f"(it has {', '.join(model_def.parts)})"
-        )
+    check_has_parts(f"{where}: task '{name}'", sorted(needed), model_def.parts)
     if task.num_classes and task.num_classes != model_def.config.num_classes:
         raise UserError(
             f"{where}: task '{name}' has {task.num_classes} classes, but config.model.num_classes="

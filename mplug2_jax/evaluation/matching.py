@@ -57,7 +57,7 @@ class PairScorer:
         self, score_pairs: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]], examples: EvaluationSet,
         predict_batch_size: int, model_def: ModelDef, context: TaskContext, mesh: Mesh,
     ) -> None:  # fmt: skip
-        self._set, self._predict_batch_size, self._mesh = examples, predict_batch_size, mesh
+        self._dataset, self._predict_batch_size, self._mesh = examples, predict_batch_size, mesh
         # Replicated, so that every process has all scores of a batch.
         self._score_pairs = jax.jit(
             model_def.with_precision(lambda params, batch: score_pairs(model_def.bind(params), batch, context)),
@@ -98,7 +98,7 @@ class PairScorer:
     def _frames(self, indices: list[int]) -> Iterator[np.ndarray]:
         """Yield the frames of examples by their indices in the set; runs of equal indices are read once."""
         runs = [(index, len(list(run))) for index, run in itertools.groupby(indices)]
-        examples = self._set.iter_examples([index for index, _ in runs])
+        examples = self._dataset.iter_examples([index for index, _ in runs])
         for (_, count), example in zip(runs, examples, strict=True):
             yield from itertools.repeat(example.arrays["frames"], count)
 

@@ -22,7 +22,7 @@ from data_pipelines.storage.paths import RemotePath, remove_tree
 from data_pipelines.storage.retry import is_access_error, is_transient
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.processes import is_primary_process
+from mplug2_jax.parallel.processes import all_processes, any_process, is_primary_process
 from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, leaves_by_name, mismatched
 from mplug2_jax.training.checkpoint.lazy_arrays import LazyArray, LazyArrayHandler
 from mplug2_jax.training.checkpoint.metadata import FORMAT, DataPosition, ModelMetadata
@@ -120,7 +120,7 @@ class Checkpoints:
         minutes = self._config.every_minutes
         timed = (self.save_failed and elapsed >= RETRY_SECONDS) or (minutes > 0 and elapsed >= 60 * minutes)
         if jax.process_count() > 1:  # clocks and disks differ between processes
-            timed = step % SAVE_SYNC_INTERVAL == 0 and not _all_processes(not timed)
+            timed = step % SAVE_SYNC_INTERVAL == 0 and any_process(timed)
         return timed or step % self._config.every_steps == 0
 
     def save(self, state: TrainState, position: DataPosition, scores: Mapping[int, float] | None = None) -> float:
@@ -165,10 +165,10 @@ class Checkpoints:
             UserError: it cannot be saved.
         """
         self.wait_until_finished()
-        if not _all_processes(not self.save_failed):
+        if any_process(self.save_failed):
             self.save(state, position, scores)
             self.wait_until_finished()
-        if not _all_processes(not self.save_failed):
+        if any_process(self.save_failed):
             remedy = "" if self._is_remote else f"free space on the disk of {self.folder} and "
             raise (StorageUnavailableError if self._is_remote else UserError)(
                 f"the state after step {position.step} could not be saved to {self.folder}; {remedy}start the run "
@@ -246,7 +246,7 @@ class Checkpoints:
                 restored = self.restore(like, step)
             except DamagedCheckpointError as error:
                 damage = error
-            if _all_processes(damage is None):
+            if all_processes(damage is None):
                 self._quarantine(damaged)
                 return restored
             damaged[step] = damage or DamagedCheckpointError(
@@ -480,13 +480,6 @@ def _state_handler(lazy: bool) -> Any:
         (LazyArray, LazyArrayHandler()),
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=not lazy)
-
-
-def _all_processes(condition: bool) -> bool:
-    """Return whether a condition holds in all processes, which call this together."""
-    if jax.process_count() == 1:
-        return condition
-    return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
 
 
 def _replicated_like(leaf: Any) -> Any:
