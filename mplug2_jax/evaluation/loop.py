@@ -165,7 +165,7 @@ class Evaluation:
             metrics={name: metric.value for name, metric in output.metrics.items()}, baselines=output.baselines,
             samples=samples, skipped=tuple(bad_records.values()), confidence_intervals=bootstrap_ci(output.metrics),
             predictions=rows, confusion=output.confusion, recipe=self._recipe, formats=self._formats,
-            absent=output.absent, warnings=warnings,
+            absent=output.unavailable_metrics, warnings=warnings,
         )  # fmt: skip
 
 

@@ -121,8 +121,8 @@ def _convert_state(state: TrainState, spec: RunSpec) -> TrainState:
     """Return a state with the arrays, dtypes and shardings that a run with another config restores."""
     leaves = leaves_by_name(state)
 
-    def convert(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put(leaves[leaf_name(path)].astype(like.dtype), like.sharding)
+    def convert(path: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(leaves[leaf_name(path)].astype(abstract.dtype), abstract.sharding)
 
     converted: TrainState = jax.tree_util.tree_map_with_path(convert, spec.shapes)
     return converted

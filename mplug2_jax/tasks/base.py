@@ -66,7 +66,7 @@ class EvalOutput:
     example_scores: Float[np.ndarray, " n"]  # of each prediction; higher is better
     confusion: ConfusionSummary | None = None  # of classification
     nearest: RetrievalNeighbors | None = None  # of retrieval
-    absent: tuple[str, ...] = ()  # metrics that cannot be computed on this machine
+    unavailable_metrics: tuple[str, ...] = ()  # metrics that cannot be computed on this machine
     warnings: tuple[str, ...] = ()  # about examples that cannot be scored
 
 

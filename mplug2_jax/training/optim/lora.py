@@ -112,4 +112,4 @@ def stored_adapter(path: Path, stored: Collection[Path]) -> dict[str, Path]:
     """Return the paths of a parameter's adapter among the stored ones; empty if it has none."""
     if path[-1] != "kernel":
         return {}
-    return {name: place for name in ("a", "b") if (place := (*path[:-1], LORA_KEY, name)) in stored}
+    return {name: adapter_path for name in ("a", "b") if (adapter_path := (*path[:-1], LORA_KEY, name)) in stored}

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.forward import Metrics
-from mplug2_jax.training.checkpoint.checksums import checksums, leaves_by_name, mismatched
+from mplug2_jax.training.checkpoint.checksums import checksums, find_mismatches, leaves_by_name
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
 from mplug2_jax.training.step import StreamBatches, TrainStep, make_train_step
 
@@ -85,7 +85,7 @@ def check_same_bits(step: int, first: TrainState, second: TrainState) -> None:
     Raises:
         CorruptionError: names the arrays that differ and the devices that computed them.
     """
-    names = mismatched(checksums(first), checksums(second))
+    names = find_mismatches(checksums(first), checksums(second))
     if not names:
         return
     pairs = _mismatched_devices(first, second, names)

@@ -185,7 +185,7 @@ class Slices:
         except UserError as error:
             raise UserError(f"--min-slices {self._counts[0]}: with {count} of {total} slices {error}") from error
 
-    def scales_to(self, config: RunConfig, previous: RunConfig) -> bool:
+    def matches_scaled_accum_steps(self, config: RunConfig, previous: RunConfig) -> bool:
         """Return whether an earlier start had ``previous`` micro-batches because of its number of slices alone.
 
         Args:

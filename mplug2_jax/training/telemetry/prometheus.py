@@ -102,7 +102,7 @@ class RunSources:
             yield GaugeMetricFamily(
                 "mplug2_checkpoint_timestamp_seconds", "When it was complete, in Unix time", saved["time"]
             )
-        hosts, columns = self.hosts.shares
+        hosts, columns = self.hosts.host_fractions
         for cause, column in columns.items():
             name, text = _HOST_METRICS[cause]
             metric = GaugeMetricFamily(f"mplug2_host_{name}_ratio", text, labels=("process", "host"))
