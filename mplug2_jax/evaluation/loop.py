@@ -227,7 +227,7 @@ def _select_rows(
 def _allgather_examples(
     examples: Mapping[int, Example], bad_records: Mapping[int, BadRecord], views: int
 ) -> tuple[dict[int, Example], dict[int, BadRecord]]:
-    """Gather the examples and bad_records of all processes, given by row; return them by index in the set, sorted."""
+    """Gather the examples and bad records of all processes by row; return both by index in the data set, sorted."""
     all_examples = allgather_dict({row: _to_json(example) for row, example in examples.items()})
     all_bad_records = allgather_dict({row: dataclasses.asdict(record) for row, record in bad_records.items()})
     bad = {row // views: BadRecord(**values) for row, values in all_bad_records.items()}

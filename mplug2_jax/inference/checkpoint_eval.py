@@ -140,6 +140,6 @@ class CheckpointEvaluator:
     def run(
         self, params: Params, step: int, names: Sequence[str], on_batch: Callable[[str], None]
     ) -> Iterator[EvaluationResult]:
-        """Yield the results of evaluations, one after the other; all processes call it alike."""
+        """Yield the results of evaluations, one after the other; all processes call it with the same names."""
         for name in names:
             yield self.evaluations[name].run(params, step, on_batch)

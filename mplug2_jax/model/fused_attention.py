@@ -1,8 +1,8 @@
-"""Softmax attention for at most 512 tokens as one TPU kernel in each direction: no score leaves the chip.
+"""Softmax attention for at most 512 tokens as one TPU kernel in each direction: scores stay in VMEM.
 
 A grid step has all queries and keys of an example for as many heads as 128 lanes hold, in the layout that projections
-make, [b, l, h * k]. A head is selected by zeros in the lanes of the others, which costs nothing: the matrix unit takes
-128 lanes in any case. The backward pass computes the probabilities again, so that nothing but q, k and v is kept.
+make, [b, l, h * k]. A head is selected by setting the lanes of the others to zero, which costs nothing: the matrix unit
+takes 128 lanes in any case. The backward pass computes the probabilities again, so that only q, k and v are kept.
 """
 
 import functools

@@ -100,7 +100,7 @@ def cider_d(
 ) -> Float[Array, "b k"]:  # fmt: skip
     """Score each candidate against all references of its example, on the toolkit's scale: the maximum is 10.
 
-    References of padding only do not exist; a reference without words does.
+    A reference that is all padding is ignored; one that has tokens but no words counts.
     """
     words, lengths = compact_words(candidates, tokens)
     ref_words, ref_lengths = compact_words(references, tokens)

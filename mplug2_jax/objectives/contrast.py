@@ -38,7 +38,7 @@ def info_nce(
 ) -> Float[Array, " b"]:
     """Compute softmax cross entropy over all candidates per example; candidates with its id are equal positives.
 
-    Features are float32 unit vectors. Examples of weight 0 are no candidates; their own results are undefined.
+    Features are float32 unit vectors. Examples of weight 0 are not candidates; their own results are undefined.
     """
     mesh = jax.sharding.get_abstract_mesh()
     spec = activation_spec(("batch", None), dict(mesh.shape), features.shape)

@@ -1,6 +1,6 @@
 """Gather rows of token sequences within groups of the batch, which may span chips.
 
-Only the samples say which chip needs which rows, and messages have static sizes. So a group that spans chips is
+Which chip needs which rows is known only at run time, but messages have static sizes. So a group that spans chips is
 all-gathered among them, one chunk after the other, and each chip keeps the rows that it needs; the backward pass
 reduce-scatters the chunks' gradients. Traffic grows with the group, memory does not.
 """

@@ -27,7 +27,7 @@ POSITIONS = ("vision", "positions")
 def init_or_load_state(spec: RunSpec, streams: Mapping[str, Stream] | None = None) -> TrainState:
     """Return the state before step 1, and log where it came from.
 
-    Where captions are rewarded by CIDEr, those of ``streams`` are counted first, alike in all processes.
+    Where captions are rewarded by CIDEr, those of ``streams`` are counted first, with the same result in all processes.
 
     With ``config.init_from`` the chosen parts are loaded from another checkpoint, whole or not at all: its EMA where it
     has one, with LoRA's adapters merged. A teacher starts as that checkpoint's teacher, or else as a copy of the

@@ -35,7 +35,8 @@ _MIN_LOGGED_SECONDS = 0.1
 class TrainMonitor:
     """Metrics, goodput, profiler and fault detector. Steps are handed in when dispatched, and read once finished.
 
-    All processes have one and decide alike; process 0 writes. Only the rows of faulty steps differ between processes.
+    All processes have one and take the same decisions; process 0 writes. Only the rows of faulty steps differ between
+    processes.
 
     Args:
         spec: the run.
