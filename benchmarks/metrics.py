@@ -61,7 +61,9 @@ def main() -> None:
         )
         print(f"equal tokens    {same:,} of {len(texts) + sum(map(len, references)):,}")
 
-    metrics, seconds = measure_time(lambda: caption_scores(texts, references))
+    metrics, seconds = measure_time(
+        lambda: caption_scores(tokenize_captions(texts), [tokenize_captions(each) for each in references])
+    )
     rows = {name: (metric.value, seconds) for name, metric in metrics.items()}
     for name, score in {"meteor": meteor, "spice": spice}.items():
         metric, seconds = measure_time(

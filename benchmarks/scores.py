@@ -19,7 +19,7 @@ import scipy.stats
 import sklearn.metrics
 from nltk.stem.porter import PorterStemmer
 
-from mplug2_jax.metrics.classification import average_views, confusion_matrix, top_k
+from mplug2_jax.metrics.classification import average_views, confusion_matrix, top_k_accuracy
 from mplug2_jax.metrics.glue import NUM_CLASSES, glue_metrics
 from mplug2_jax.metrics.grounding import box_accuracy, box_iou, mean_iou
 from mplug2_jax.metrics.metric import Metric
@@ -105,15 +105,16 @@ def classification(rng: np.random.Generator, examples: int) -> Iterator[Case]:
         def reference(rows: Rows, scores: np.ndarray = scores, k: int = k) -> float:
             return float(sklearn.metrics.top_k_accuracy_score(labels[rows], scores[rows], k=k, labels=every))
 
-        yield Case(f"top-{k} accuracy", top_k(scores, labels, k), "scikit-learn", reference)
+        yield Case(f"top-{k} accuracy", top_k_accuracy(scores, labels, k), "scikit-learn", reference)
 
     ids = rng.permutation(np.repeat(np.arange(examples), 3))
     probabilities = rng.dirichlet(np.ones(classes), size=len(ids)) + 0.05 * np.eye(classes)[labels[ids]]
     means = average_views(probabilities, ids, np.arange(examples))
     views = np.asarray([probabilities[ids == i].mean(0).argmax() for i in range(examples)])
     yield Case(
-        "top-1 of 3 views", top_k(means, labels, 1), "by hand", lambda rows: float((views == labels)[rows].mean())
-    )
+        "top-1 of 3 views", top_k_accuracy(means, labels, 1), "by hand",
+        lambda rows: float((views == labels)[rows].mean()),
+    )  # fmt: skip
     predictions = scores.argmax(1)
     ours, reference = (
         confusion_matrix(predictions, labels, classes),

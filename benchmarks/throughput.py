@@ -101,7 +101,7 @@ def main() -> None:
 
     def decoding(search_of: Callable[[Decoder, Array, Array], DecodeOutput], devices: int = 1) -> Callable[[], Any]:
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        placed = jax.device_put(params, make_param_shardings(model_def.shapes, model_def.axes, mesh).shardings)
+        placed = jax.device_put(params, make_param_shardings(model_def.shapes, model_def.logical_axes, mesh).shardings)
         clips = jax.device_put((memory, mask), batch_sharding(mesh))
         jitted = jax.jit(lambda p, m, k: search_of(model_def.bind(p).decoder, m, k))
 

@@ -80,12 +80,12 @@ def restore_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokeni
 
     The parameters are the EMA where the run keeps one, which is logged.
     """
-    from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest
+    from mplug2_jax.inference.checkpoint_eval import CheckpointSource
     from mplug2_jax.parallel.mesh import make_mesh
     from mplug2_jax.training.state import make_run_spec
     from mplug2_jax.training.workdir import special_tokens
 
-    run = CheckpointUnderTest.from_workdir(args.workdir, args.overrides)
+    run = CheckpointSource.from_workdir(args.workdir, args.overrides)
     spec = make_run_spec(run.config, special_tokens(run.tokenizer), make_mesh(run.config.mesh))
     tree = "ema" if run.use_ema else "params"
     try:

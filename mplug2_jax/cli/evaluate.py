@@ -83,35 +83,35 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
-    from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest, Evaluator
+    from mplug2_jax.inference.checkpoint_eval import CheckpointEvaluator, CheckpointSource
     from mplug2_jax.parallel.processes import is_primary_process
     from mplug2_jax.report import write_report
 
     if args.config:
-        subject = CheckpointUnderTest.from_recipe(args.config, args.checkpoint, args.overrides)
+        source = CheckpointSource.from_recipe(args.config, args.checkpoint, args.overrides)
     else:
-        subject = CheckpointUnderTest.from_workdir(args.workdir, args.overrides, args.step)
-    if not args.out and not subject.workdir.exists():
-        raise UserError(f"{subject.workdir.path} is not the work directory of a run: give --out FOLDER for the results")
-    check_output("--out", args.out or subject.workdir.path, new=False)
-    evaluator = Evaluator(subject, args.only or ())
-    params, step = evaluator.read(subject.step)
-    folder = args.out or subject.workdir.evaluation_folder(step)
+        source = CheckpointSource.from_workdir(args.workdir, args.overrides, args.step)
+    if not args.out and not source.workdir.exists():
+        raise UserError(f"{source.workdir.path} is not the work directory of a run: give --out FOLDER for the results")
+    check_output("--out", args.out or source.workdir.path, new=False)
+    evaluator = CheckpointEvaluator(source, args.only or ())
+    params, step = evaluator.read(source.step)
+    folder = args.out or source.workdir.evaluation_folder(step)
     results = []
     for result in evaluator.run(params, step, list(evaluator.evaluations), lambda phase: notice.check()):
         results.append(result)
         if is_primary_process():
             _save(result, folder)
         result.log()
-    subject.checkpoints.close()
+    source.checkpoints.close()
     if is_primary_process():
         print(f"\n{results_table(results)}\n\n{sample_lines(results, folder)}\n")
-        print(f"report: {write_report(args.out or subject.workdir.path)}")
+        print(f"report: {write_report(args.out or source.workdir.path)}")
     return 0
 
 
 def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
-    from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest, Evaluator
+    from mplug2_jax.inference.checkpoint_eval import CheckpointEvaluator, CheckpointSource
     from mplug2_jax.inference.continuous_eval import ContinuousEvaluator, resolve_until_step, wait_for_run
     from mplug2_jax.parallel.processes import is_primary_process
     from mplug2_jax.report import write_report
@@ -119,16 +119,16 @@ def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
 
     poll_seconds = args.poll or POLL_SECONDS
     wait_for_run(WorkDir(args.workdir), poll_seconds, notice)
-    subject = CheckpointUnderTest.from_workdir(args.workdir, args.overrides)
-    until = resolve_until_step(args.until_step, subject.config.steps)
+    source = CheckpointSource.from_workdir(args.workdir, args.overrides)
+    until = resolve_until_step(args.until_step, source.config.steps)
     check_output("--workdir", args.workdir, new=False)
     evaluator = ContinuousEvaluator(
-        Evaluator(subject, args.only or ()), notice,
-        lambda result: _save(result, subject.workdir.evaluation_folder(result.step)),
+        CheckpointEvaluator(source, args.only or ()), notice,
+        lambda result: _save(result, source.workdir.evaluation_folder(result.step)),
     )  # fmt: skip
     last_evaluated = evaluator.run(until, poll_seconds)
     if is_primary_process():
-        print(f"report: {write_report(subject.workdir.path)}")
+        print(f"report: {write_report(source.workdir.path)}")
     return 0 if last_evaluated else 1
 
 

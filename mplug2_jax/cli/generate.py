@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per file, in the given order; return 1 if some of several files cannot be read."""
-    from mplug2_jax.inference.generator import Generator, check_parts, in_order, read_requests
+    from mplug2_jax.inference.generator import Generator, check_request_parts, in_order, read_requests
     from mplug2_jax.inference.media import find_media
 
     for option in ("num_beams", "max_length", "batch_size"):
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise errors[0]
     spec, params, _, tokenizer = restore_run(args)
     search = _search_config(args, spec.config)
-    check_parts(requests, spec, args.workdir)
+    check_request_parts(requests, spec, args.workdir)
     generator = Generator(spec, params, tokenizer, search, seed=args.seed or 0)
     num_skipped = 0
     with _open_jsonl(args.out) as write:

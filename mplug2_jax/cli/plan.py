@@ -215,13 +215,13 @@ def format_shardings(config: "RunConfig", mesh: "Mesh | AbstractMesh") -> "Itera
     from mplug2_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
 
     model_def = define_model(config.model, config.parts())
-    placement = make_param_shardings(model_def.shapes, model_def.axes, mesh)
+    placement = make_param_shardings(model_def.shapes, model_def.logical_axes, mesh)
     yield f"mesh of {mesh.size} devices: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}"
     yield f"\n{_format_rules('parameters', PARAMETER_RULES)}\n\n{_format_rules('activations', ACTIVATION_RULES)}\n"
 
     rows, num_local = [], 0
     shapes, _ = jax.tree_util.tree_flatten_with_path(model_def.shapes)
-    names = jax.tree.leaves(model_def.axes, is_leaf=lambda x: isinstance(x, tuple))
+    names = jax.tree.leaves(model_def.logical_axes, is_leaf=lambda x: isinstance(x, tuple))
     for (path, shape), axes, sharding in zip(shapes, names, jax.tree.leaves(placement.shardings), strict=True):
         name = "/".join(key.key for key in path)
         size = math.prod(sharding.shard_shape(shape.shape))

@@ -120,7 +120,7 @@ def _join_and_train(
         slices.remove_earlier()
     if slices and previous and previous.grad_accum_steps != config.grad_accum_steps:
         # --min-slices asks for this change, and for no other.
-        force = [*force, *(["config.grad_accum_steps"] if slices.scales_to(whole, previous) else [])]
+        force = [*force, *(["config.grad_accum_steps"] if slices.matches_scaled_accum_steps(whole, previous) else [])]
     with _name_missing_files(config, WorkDir(workdir)):
         config = with_checkpoint_sizes(config, overrides, previous)
         results = train(config, workdir, force, watchdog)

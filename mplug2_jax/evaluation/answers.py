@@ -51,8 +51,8 @@ def unreachable_answers_warning(
 
     ``normalize`` maps texts that the score treats as equal to the same text.
     """
-    listed = {normalize(decode(row[row != ANSWER_PAD].tolist())) for row in answers}
-    missed = [example for example in examples if not any(normalize(text) in listed for text in example.answers)]
+    reachable = {normalize(decode(row[row != ANSWER_PAD].tolist())) for row in answers}
+    missed = [example for example in examples if not any(normalize(text) in reachable for text in example.answers)]
     if not missed:
         return ()
     count, first = f"{len(missed)} of {len(examples)} examples", missed[0]
@@ -85,23 +85,23 @@ def read_answers(
         if search is not None and getattr(search, option):
             raise UserError(f"{where}={path}: a list of answers cannot be combined with config.tasks.search.{option}")
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{where}={path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}={path} is not JSON: {error}; expected a list of answers") from error
-    if isinstance(listed, dict) and all(type(number) is int for number in listed.values()):
-        listed = sorted(listed, key=listed.__getitem__)  # in the order of the numbers
-    if not isinstance(listed, list) or not listed:
+    if isinstance(content, dict) and all(type(number) is int for number in content.values()):
+        content = sorted(content, key=content.__getitem__)  # in the order of the numbers
+    if not isinstance(content, list) or not content:
         raise UserError(f'{where}={path} is empty or not a list; expected answers, as ["yes", "no"]')
-    for i, answer in enumerate(listed):
+    for i, answer in enumerate(content):
         if type(answer) is not int and not isinstance(answer, str):
             raise UserError(f'{where}={path}: entry {i} is {answer!r}; expected answers, as ["yes", "no"]')
     try:
-        listed = [clean_text(str(answer)) for answer in listed]
+        texts = [clean_text(str(answer)) for answer in content]
     except DataError as error:
         raise UserError(f"{where}={path}: {error}") from error
-    rows = {tuple(encode_answer(answer, examples, tokenizer)[1:]): answer for answer in listed}
+    rows = {tuple(encode_answer(answer, examples, tokenizer)[1:]): answer for answer in texts}
     longest = max(rows, key=len)
     if search is not None and len(longest) > search.max_length:
         raise UserError(

@@ -48,10 +48,12 @@ class EvaluationConfig:
     per_device_batch_size: int = 8  # examples predicted at a time on each device
 
     def __post_init__(self) -> None:
-        """Check that the data needs no training step.
+        """Check that no colors are augmented on the device: that is for training only.
 
         Raises:
-            UserError: it does.
+            UserError: ``data.visual.color_on_device`` is set.
         """
         if self.data.visual.color_on_device:
-            raise UserError("evaluations apply no operations: set data.visual.color_on_device to False")
+            raise UserError(
+                "color augmentation on the device is for training only: set data.visual.color_on_device to False"
+            )

@@ -18,21 +18,21 @@ from mplug2_jax.tasks.base import Predictions
 
 
 def predict_in_fixed_batches(
-    predict: Callable[[DeviceBatch], Predictions], batch: HostBatch, rows: int, mesh: Mesh
+    predict: Callable[[DeviceBatch], Predictions], batch: HostBatch, per_device_batch_size: int, mesh: Mesh
 ) -> Mapping[str, NDArray[Any]]:
     """Return the predictions of a batch, with the rows of all processes in order.
 
-    All slices are dispatched to the devices before the first result is read.
+    All chunks are dispatched to the devices before the first result is read.
 
     Args:
-        predict: maps a slice on the mesh to predictions that are replicated on every device.
+        predict: maps a chunk on the mesh to predictions that are replicated on every device.
         batch: this process's rows, those of its :func:`~mplug2_jax.parallel.placement.local_batch_shards`; a multiple
-            of ``rows`` for each shard.
-        rows: examples of a slice on each device.
-        mesh: of the slices.
+            of ``per_device_batch_size`` for each shard.
+        per_device_batch_size: examples of a chunk on each device.
+        mesh: of the chunks.
     """
     local_shards, num_shards = len(local_batch_shards(mesh)), num_batch_shards(mesh)
-    indices = np.arange(len(next(iter(batch.values())))).reshape(local_shards, -1, rows)
+    indices = np.arange(len(next(iter(batch.values())))).reshape(local_shards, -1, per_device_batch_size)
     outputs = [
         predict(put_batch({name: array[chunk.ravel()] for name, array in batch.items()}, mesh))
         for chunk in indices.swapaxes(0, 1)
@@ -40,7 +40,7 @@ def predict_in_fixed_batches(
 
     def in_order(name: str) -> NDArray[Any]:
         stacked = np.stack([np.asarray(output[name]) for output in outputs])
-        by_shard = stacked.reshape(len(outputs), num_shards, rows, *stacked.shape[2:]).swapaxes(0, 1)
+        by_shard = stacked.reshape(len(outputs), num_shards, per_device_batch_size, *stacked.shape[2:]).swapaxes(0, 1)
         return by_shard.reshape(-1, *stacked.shape[2:])
 
     return {name: in_order(name) for name in outputs[0]}

@@ -30,6 +30,7 @@ from mplug2_jax.evaluation.samples import Sample, choose_samples, reference_answ
 from mplug2_jax.metrics.classification import average_views
 from mplug2_jax.metrics.metric import bootstrap_ci
 from mplug2_jax.metrics.vqa import normalize_answer
+from mplug2_jax.model.config import check_has_parts
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import (
     check_batch_divisible,
@@ -61,16 +62,18 @@ class Evaluation:
         check_batch_divisible(f"{where}.data.batch_size", config.data.batch_size, mesh)
         # A batch is scored, with its examples, while the next one is put together.
         check_workers({f"{where}.data": config.data}, jax.process_count(), num_batches=2)
-        task, rows = TASKS[config.task], config.per_device_batch_size * num_batch_shards(mesh)
+        task = TASKS[config.task]
+        predict_batch_size = config.per_device_batch_size * num_batch_shards(mesh)
         try:
-            data = dataclasses.replace(config.data, batch_size=-(-config.data.batch_size // rows) * rows)
-            self._set = EvaluationSet(data, tokenizer, name=name, seed=seed, min_answers=task.min_answers)
-            first = self._set.first_example()
+            batch_size = -(-config.data.batch_size // predict_batch_size) * predict_batch_size
+            data = dataclasses.replace(config.data, batch_size=batch_size)
+            self._dataset = EvaluationSet(data, tokenizer, name=name, seed=seed, min_answers=task.min_answers)
+            first = self._dataset.first_example()
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error
         check_task(where, config.task, {name: array.shape for name, array in first.arrays.items()}, model_def)
         assert task.score is not None
-        if self._set.views > 1 and not task.averages_views:
+        if self._dataset.views > 1 and not task.averages_views:
             raise UserError(
                 f"{where}.data.visual: num_clips={config.data.visual.num_clips} and "
                 f"num_crops={config.data.visual.num_crops} are views whose probabilities are "
@@ -80,12 +83,14 @@ class Evaluation:
             raise UserError(f"{where}.java_metrics is for the task 'caption', not for '{config.task}': remove it")
         self._score, self._external_metrics = task.score, task.external_metrics if config.java_metrics else None
         context = add_answers(context, config, where, model_def, tokenizer)
-        context = add_prompts(context, config, where, model_def, tokenizer, rows)
+        context = add_prompts(context, config, where, model_def, tokenizer, predict_batch_size)
         self._precompute = jit_precompute(config.task, model_def, context, mesh) if task.precompute else None
         self._predict = jit_predict(config.task, model_def, context, mesh)
         self._pair_scorer = None
         if task.score_pairs is not None:
-            self._pair_scorer = PairScorer(task.score_pairs, self._set, rows, model_def, context, mesh)
+            self._pair_scorer = PairScorer(
+                task.score_pairs, self._dataset, predict_batch_size, model_def, context, mesh
+            )
         self._rerank, self._context = task.rerank, context
         # References are compared as the tokenizer can represent them, but the release compares raw texts.
         self._round_trip: Callable[[str], str] = str
@@ -109,23 +114,23 @@ class Evaluation:
         batches: list[Mapping[str, NDArray[Any]]] = []
         local_examples: dict[int, Example] = {}
         local_bad_records: dict[int, BadRecord] = {}
-        views = self._set.views
+        views = self._dataset.views
         shared: Predictions = {}
         if self._precompute is not None:
             on_batch(f"classes of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
                 shared = self._precompute(params)
         predict = lambda batch: self._predict(params, batch | shared)  # noqa: E731
-        size = self._config.per_device_batch_size
-        for batch in self._set.batches(HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh))):
+        per_device_batch_size = self._config.per_device_batch_size
+        for batch in self._dataset.batches(HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh))):
             on_batch(f"batch {len(batches) + 1} of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
-                batches.append(predict_in_fixed_batches(predict, batch.arrays, size, self._mesh))
+                batches.append(predict_in_fixed_batches(predict, batch.arrays, per_device_batch_size, self._mesh))
             first_views = {row: example for row, example in batch.examples.items() if row % views == 0}
             local_examples |= {row: _without_frames(example) for row, example in first_views.items()}
             local_bad_records |= batch.bad_records
         examples, bad_records = _allgather_examples(local_examples, local_bad_records, views)
-        check_bad_fraction(list(bad_records.values()), len(self._set), self._config.data.max_bad_fraction)
+        check_bad_fraction(list(bad_records.values()), len(self._dataset), self._config.data.max_bad_fraction)
         # A row's index over all batches is its example's index in the set; rows without an example are skipped.
         indices = list(examples)
         predictions = _select_rows(batches, np.asarray(indices, np.int64), views)
@@ -148,7 +153,7 @@ class Evaluation:
         scores = [round(float(value), 4) for value in output.example_scores]
         samples: tuple[Sample, ...] = ()
         if is_primary_process():
-            samples = choose_samples(examples, output, scores, self._config.num_samples, self._set.__getitem__)
+            samples = choose_samples(examples, output, scores, self._config.num_samples, self._dataset.__getitem__)
         rows = tuple(
             {"key": example.key, "instruction": example.instruction, "prediction": prediction,
              "reference": reference_answers(example)[0], "score": score}
@@ -160,7 +165,7 @@ class Evaluation:
             metrics={name: metric.value for name, metric in output.metrics.items()}, baselines=output.baselines,
             samples=samples, skipped=tuple(bad_records.values()), confidence_intervals=bootstrap_ci(output.metrics),
             predictions=rows, confusion=output.confusion, recipe=self._recipe, formats=self._formats,
-            absent=output.absent, warnings=warnings,
+            absent=output.unavailable_metrics, warnings=warnings,
         )  # fmt: skip
 
 
@@ -173,12 +178,7 @@ def check_task(where: str, name: str, example: Mapping[str, tuple[int, ...]], mo
     task, frames = TASKS[name], example.get("frames")
     task.check(set(example), where)
     needed = required_parts([(task, frames is not None, frames is not None and frames[0] > 1)])
-    missing = set(needed) - set(model_def.parts) - {"universal"}  # a run may disable the universal layers
-    if missing:
-        raise UserError(
-            f"{where}: task '{name}' needs the parts {', '.join(sorted(missing))}, which this model lacks "
-            f"(it has {', '.join(model_def.parts)})"
-        )
+    check_has_parts(f"{where}: task '{name}'", sorted(needed), model_def.parts)
     if task.num_classes and task.num_classes != model_def.config.num_classes:
         raise UserError(
             f"{where}: task '{name}' has {task.num_classes} classes, but config.model.num_classes="
@@ -227,7 +227,7 @@ def _select_rows(
 def _allgather_examples(
     examples: Mapping[int, Example], bad_records: Mapping[int, BadRecord], views: int
 ) -> tuple[dict[int, Example], dict[int, BadRecord]]:
-    """Gather the examples and bad_records of all processes, given by row; return them by index in the set, sorted."""
+    """Gather the examples and bad records of all processes by row; return both by index in the data set, sorted."""
     all_examples = allgather_dict({row: _to_json(example) for row, example in examples.items()})
     all_bad_records = allgather_dict({row: dataclasses.asdict(record) for row, record in bad_records.items()})
     bad = {row // views: BadRecord(**values) for row, values in all_bad_records.items()}

@@ -55,9 +55,9 @@ class PairScorer:
 
     def __init__(
         self, score_pairs: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]], examples: EvaluationSet,
-        rows: int, model_def: ModelDef, context: TaskContext, mesh: Mesh,
+        predict_batch_size: int, model_def: ModelDef, context: TaskContext, mesh: Mesh,
     ) -> None:  # fmt: skip
-        self._set, self._batch_size, self._mesh = examples, rows, mesh
+        self._dataset, self._predict_batch_size, self._mesh = examples, predict_batch_size, mesh
         # Replicated, so that every process has all scores of a batch.
         self._score_pairs = jax.jit(
             model_def.with_precision(lambda params, batch: score_pairs(model_def.bind(params), batch, context)),
@@ -79,10 +79,12 @@ class PairScorer:
         """
         indices, by_position = list(examples), list(examples.values())
         grouped = group_pairs(pairs, MAX_TEXTS)
-        steps = -(-len(grouped.visuals) // self._batch_size)
-        local_rows = HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh)).rows(self._batch_size)
+        steps = -(-len(grouped.visuals) // self._predict_batch_size)
+        local_rows = HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh)).rows(
+            self._predict_batch_size
+        )
         # The last row is repeated as padding.
-        rows = np.minimum(np.arange(steps)[:, None] * self._batch_size + local_rows, len(grouped.visuals) - 1)
+        rows = np.minimum(np.arange(steps)[:, None] * self._predict_batch_size + local_rows, len(grouped.visuals) - 1)
         frames = self._frames([indices[i] for i in grouped.visuals[rows].ravel()])
         scores = []
         for step in range(steps):
@@ -96,7 +98,7 @@ class PairScorer:
     def _frames(self, indices: list[int]) -> Iterator[np.ndarray]:
         """Yield the frames of examples by their indices in the set; runs of equal indices are read once."""
         runs = [(index, len(list(run))) for index, run in itertools.groupby(indices)]
-        examples = self._set.iter_examples([index for index, _ in runs])
+        examples = self._dataset.iter_examples([index for index, _ in runs])
         for (_, count), example in zip(runs, examples, strict=True):
             yield from itertools.repeat(example.arrays["frames"], count)
 

@@ -14,9 +14,10 @@ from mplug2_jax.tasks.table import TASKS
 
 
 def add_prompts(
-    context: TaskContext, config: EvaluationConfig, where: str, model_def: ModelDef, tokenizer: Tokenizer, rows: int
-) -> TaskContext:
-    """Add an evaluation's prompts, if its task has any, to the context, in batches of ``rows``.
+    context: TaskContext, config: EvaluationConfig, where: str, model_def: ModelDef, tokenizer: Tokenizer,
+    predict_batch_size: int,
+) -> TaskContext:  # fmt: skip
+    """Add an evaluation's prompts, if its task has any, to the context, in batches of ``predict_batch_size``.
 
     Raises:
         UserError: prompts or class names that do not fit the task or the classes.
@@ -31,13 +32,15 @@ def add_prompts(
     names = config.class_names or classes
     if len(names) != len(classes):
         raise UserError(f"{where}.class_names has {len(names)} names, expected one for each of {len(classes)} classes")
-    prompts = encode_prompts(where, config.prompts, names, tokenizer, model_def.config.max_positions, rows)
+    max_length = model_def.config.max_positions
+    prompts = encode_prompts(where, config.prompts, names, tokenizer, max_length, predict_batch_size)
     return dataclasses.replace(context, prompts=prompts._replace(pooling=config.prompt_pooling))
 
 
 def encode_prompts(
-    where: str, templates: Sequence[str], names: Sequence[str], tokenizer: Tokenizer, max_length: int, rows: int
-) -> Prompts:
+    where: str, templates: Sequence[str], names: Sequence[str], tokenizer: Tokenizer, max_length: int,
+    predict_batch_size: int,
+) -> Prompts:  # fmt: skip
     """Encode every template with every class name.
 
     Args:
@@ -46,7 +49,7 @@ def encode_prompts(
         names: of the classes.
         tokenizer: of the run.
         max_length: of a text, in tokens.
-        rows: texts of a batch; the last batch is padded.
+        predict_batch_size: texts of a batch; the last batch is padded.
 
     Raises:
         UserError: no templates, a template without ``{label}``, or with other braces.
@@ -61,7 +64,8 @@ def encode_prompts(
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{where}.prompts: a template is invalid ({error}); the only field is {{label}}") from error
     encoded = [tokenizer.encode(text, max_length=max_length) for text in texts]
-    ids = np.zeros((-(-len(encoded) // rows) * rows, max(map(len, encoded))), np.int32)  # 0 is every tokenizer's pad
+    num_texts = -(-len(encoded) // predict_batch_size) * predict_batch_size
+    ids = np.zeros((num_texts, max(map(len, encoded))), np.int32)  # 0 is every tokenizer's pad
     for row, text in zip(ids, encoded, strict=False):
         row[: len(text)] = text
-    return Prompts(ids.reshape(-1, rows, ids.shape[1]), len(names), len(templates))
+    return Prompts(ids.reshape(-1, predict_batch_size, ids.shape[1]), len(names), len(templates))

@@ -21,7 +21,7 @@ from absl import logging
 from mplug2_jax.console import Progress
 from mplug2_jax.evaluation.results import EvaluationResult
 from mplug2_jax.experiments.runs import mean_interval, train_to_end
-from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest, Evaluator
+from mplug2_jax.inference.checkpoint_eval import CheckpointEvaluator, CheckpointSource
 from mplug2_jax.metrics.units import format_metric
 from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.report.curves import Panel, draw_panel
@@ -176,12 +176,12 @@ def _with_validation(name: str, config: RunConfig, rate: float, seed: int) -> Ru
 
 def evaluate_zero_shot(name: str, pretrained: Path, overrides: Sequence[str]) -> Mapping[str, EvaluationResult]:
     """Evaluate the pretrained model on a task without training; return nothing if it lacks a part."""
-    checkpoint = CheckpointUnderTest.from_recipe(f"digitworld:{name}", pretrained, overrides)
+    checkpoint = CheckpointSource.from_recipe(f"digitworld:{name}", pretrained, overrides)
     with contextlib.closing(checkpoint.checkpoints):
         evaluations = checkpoint.config.evaluations.values()
         if not all(set(TASKS[evaluation.task].parts) <= set(checkpoint.parts) for evaluation in evaluations):
             return {}
-        evaluator = Evaluator(checkpoint)
+        evaluator = CheckpointEvaluator(checkpoint)
         params, step = evaluator.read(checkpoint.step)
         results = evaluator.run(params, step, list(evaluator.evaluations), lambda phase: None)
         return {result.name: result for result in results}

@@ -37,8 +37,8 @@ class SearchState(Protocol):
         """Select the parents of the new sequences among each example's r sequences, possibly with repetitions."""
 
 
-State = TypeVar("State", bound=SearchState)
-DecodeFn = Callable[[Int[Array, " br"], Int[Array, ""], State], tuple[Float[Array, "br v"], State]]
+DecodeState = TypeVar("DecodeState", bound=SearchState)
+DecodeFn = Callable[[Int[Array, " br"], Int[Array, ""], DecodeState], tuple[Float[Array, "br v"], DecodeState]]
 
 
 class _LoopState(NamedTuple):
@@ -56,7 +56,7 @@ def length_penalty(length: int) -> Float[Array, " m"]:
 
 
 def beam_search(
-    step: DecodeFn[State], state: State, batch: int, config: SearchConfig, tokens: SpecialTokens, *,
+    step: DecodeFn[DecodeState], state: DecodeState, batch: int, config: SearchConfig, tokens: SpecialTokens, *,
     step_gives_log_probs: bool = False,
 ) -> DecodeOutput:  # fmt: skip
     """Search with ``config.num_beams`` beams per example, up to ``config.max_length`` tokens.
@@ -81,11 +81,13 @@ def beam_search(
     first_beam_only = jnp.where(jnp.arange(r) == 0, 0.0, -jnp.inf)
     loop = _LoopState(ids, jnp.broadcast_to(first_beam_only, (b, r)), finished, jnp.ones(b, bool))
 
-    def cond_fn(carry: tuple[Int[Array, ""], _LoopState, State]) -> Bool[Array, ""]:
+    def cond_fn(carry: tuple[Int[Array, ""], _LoopState, DecodeState]) -> Bool[Array, ""]:
         position, loop, _ = carry
         return (position < config.max_length) & loop.is_active.any()
 
-    def body_fn(carry: tuple[Int[Array, ""], _LoopState, State]) -> tuple[Int[Array, ""], _LoopState, State]:
+    def body_fn(
+        carry: tuple[Int[Array, ""], _LoopState, DecodeState],
+    ) -> tuple[Int[Array, ""], _LoopState, DecodeState]:
         position, loop, state = carry
         last_token = jax.lax.dynamic_index_in_dim(loop.ids, position, axis=2, keepdims=False)
         logits, state = step(last_token.reshape(-1), position, state)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from mplug2_jax.generation.beam import DecodeFn, SearchState, State
+from mplug2_jax.generation.beam import DecodeFn, DecodeState, SearchState
 from mplug2_jax.model.decoder import gather_beams
 
 Answers = Int[np.ndarray, "a m"] | Int[Array, "a m"]
@@ -33,7 +33,7 @@ def init_constraint(state: SearchState, answers: Answers, num_sequences: int) ->
     return ConstraintState(state, jnp.ones((num_sequences, len(answers)), bool))
 
 
-def constrain_step(step: DecodeFn[State], answers: Answers) -> DecodeFn[ConstraintState]:
+def constrain_step(step: DecodeFn[DecodeState], answers: Answers) -> DecodeFn[ConstraintState]:
     """Wrap a step so that every token that continues none of the answers has log-probability -inf.
 
     The other log-probabilities are the model's, not renormalized, so that scores compare answers as the model does.

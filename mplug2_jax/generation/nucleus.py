@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mplug2_jax.generation.beam import DecodeFn, DecodeOutput, State, length_penalty
+from mplug2_jax.generation.beam import DecodeFn, DecodeOutput, DecodeState, length_penalty
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SpecialTokens
 
@@ -38,7 +38,7 @@ def top_p_filter(logits: Float[Array, "*n v"], top_p: float) -> Float[Array, "*n
 
 
 def sample(
-    step: DecodeFn[State], state: State, keys: Key[Array, " b"], config: SearchConfig, tokens: SpecialTokens
+    step: DecodeFn[DecodeState], state: DecodeState, keys: Key[Array, " b"], config: SearchConfig, tokens: SpecialTokens
 ) -> DecodeOutput:
     """Sample ``config.num_beams`` sequences per example, up to ``config.max_length`` tokens; the likeliest comes first.
 
@@ -52,11 +52,13 @@ def sample(
         jnp.ones((b, r), jnp.int32), jnp.ones((b, r), bool),
     )  # fmt: skip
 
-    def cond_fn(carry: tuple[Int[Array, ""], _LoopState, State]) -> Bool[Array, ""]:
+    def cond_fn(carry: tuple[Int[Array, ""], _LoopState, DecodeState]) -> Bool[Array, ""]:
         position, loop, _ = carry
         return (position < config.max_length) & loop.is_active.any()
 
-    def body_fn(carry: tuple[Int[Array, ""], _LoopState, State]) -> tuple[Int[Array, ""], _LoopState, State]:
+    def body_fn(
+        carry: tuple[Int[Array, ""], _LoopState, DecodeState],
+    ) -> tuple[Int[Array, ""], _LoopState, DecodeState]:
         position, loop, state = carry
         last_token = jax.lax.dynamic_index_in_dim(loop.ids, position, axis=2, keepdims=False)
         logits, state = step(last_token.reshape(-1), position, state)

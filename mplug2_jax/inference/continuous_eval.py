@@ -13,8 +13,8 @@ from data_pipelines.storage.jsonl import JsonlWriter
 from data_pipelines.storage.object_log import flush_logs
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.results import EvaluationResult
-from mplug2_jax.inference.checkpoint_eval import Evaluator
-from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
+from mplug2_jax.inference.checkpoint_eval import CheckpointEvaluator
+from mplug2_jax.parallel.processes import all_processes, allgather_objects, is_primary_process
 from mplug2_jax.training.checkpoint.checkpoints import DamagedCheckpointError
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.workdir import WorkDir
@@ -23,7 +23,7 @@ from mplug2_jax.training.workdir import WorkDir
 def wait_for_run(workdir: WorkDir, poll_seconds: int, notice: PreemptionNotice) -> None:
     """Wait until all processes see the checkpoint folder, the last thing that a run creates before its first step."""
     logged = False
-    while not all(allgather_objects(workdir.checkpoints.is_dir())):
+    while not all_processes(workdir.checkpoints.is_dir()):
         if not logged:
             logging.info("waiting for a run in %s", workdir.path)
         logged = True
@@ -44,10 +44,10 @@ class ContinuousEvaluator:
     """
 
     def __init__(
-        self, evaluator: Evaluator, notice: PreemptionNotice, save: Callable[[EvaluationResult], None]
+        self, evaluator: CheckpointEvaluator, notice: PreemptionNotice, save: Callable[[EvaluationResult], None]
     ) -> None:
         self._evaluator, self._notice, self._save = evaluator, notice, save
-        self._workdir, self._checkpoints = evaluator.subject.workdir, evaluator.subject.checkpoints
+        self._workdir, self._checkpoints = evaluator.source.workdir, evaluator.source.checkpoints
         self._metrics = JsonlWriter(self._workdir.evaluation_metrics)
 
     def run(self, until: int, poll_seconds: int) -> bool:
@@ -85,7 +85,7 @@ class ContinuousEvaluator:
             return True
         problem, params = "", None
         # All processes check first: if one does not see the step, the others must not wait for it in a collective.
-        if not all(allgather_objects(step in self._saved_steps())):
+        if not all_processes(step in self._saved_steps()):
             problem = "deleted by the run"
         else:
             try:

@@ -65,8 +65,8 @@ def find_sources(
                 "FORMAT:PATH"
             )
     if not kind and len(counts) > 1:
-        found = " and ".join(f"{count:,} {each}{'s' * (count > 1)}" for each, count in sorted(counts.items()))
-        raise UserError(f"{', '.join(inputs[:3])}: found {found}, expected one kind; select it with --kind")
+        kinds = " and ".join(f"{count:,} {each}{'s' * (count > 1)}" for each, count in sorted(counts.items()))
+        raise UserError(f"{', '.join(inputs[:3])}: found {kinds}, expected one kind; select it with --kind")
     default: Kind = next(iter(counts), "image")
     kind = kind or default
     expand: Literal["record", "text"] = "text" if kind == "text" else "record"

@@ -17,6 +17,7 @@ from data_pipelines.loader import EvaluationSet
 from data_pipelines.order import HostShards
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.model.config import check_has_parts
 from mplug2_jax.model.mplug2 import ModelDef, Mplug2, Params
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.objectives.forward import DeviceBatch
@@ -92,9 +93,9 @@ class FeatureExtractor:
     ) -> None:  # fmt: skip
         check_batch_divisible("--batch-size", data.batch_size, mesh)
         check_feature_parts(config.name, data.kind, model_def)
-        self._set = EvaluationSet(data, tokenizer, name="features", seed=seed)
+        self._dataset = EvaluationSet(data, tokenizer, name="features", seed=seed)
         self._sources, self._mesh = list(data.sources), mesh
-        example = self._set.first_example().arrays
+        example = self._dataset.first_example().arrays
         example_axes = _find_example_axes(model_def, example)
         if config.name not in ("contrastive", "pooled", *example_axes):
             raise UserError(
@@ -114,7 +115,7 @@ class FeatureExtractor:
 
     def __len__(self) -> int:
         """Return the number of records, including those that cannot be used."""
-        return len(self._set)
+        return len(self._dataset)
 
     @property
     def shard_rows(self) -> int:
@@ -136,7 +137,9 @@ class FeatureExtractor:
         ids: dict[int, str] = {}
         bad_records: dict[int, BadRecord] = {}
         first = index = start
-        for batch in self._set.batches(HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh)), start):
+        for batch in self._dataset.batches(
+            HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh)), start
+        ):
             on_batch(index)
             with jax.set_mesh(self._mesh):
                 computed = self._compute(params, put_batch(batch.arrays, self._mesh))
@@ -151,7 +154,7 @@ class FeatureExtractor:
 
     def _id(self, index: int, key: str) -> str:
         """Return a record's key, prefixed by its source's name if there are several sources."""
-        source = self._set.source_of(index)
+        source = self._dataset.source_of(index)
         return key if len(self._sources) == 1 or key == source else f"{source}/{key}"
 
 
@@ -163,12 +166,7 @@ def check_feature_parts(feature: str, kind: Kind, model_def: ModelDef) -> None:
     """
     needed = {"text": ("text",), "image": ("vision",), "video": ("vision", "temporal")}[kind]
     needed = (*needed, "contrastive") if feature == "contrastive" else needed
-    missing = [part for part in needed if part not in model_def.parts]
-    if missing:
-        raise UserError(
-            f"feature '{feature}' of {kind}s needs the parts {', '.join(missing)}, which this model lacks (it has "
-            f"{', '.join(model_def.parts)})"
-        )
+    check_has_parts(f"feature '{feature}' of {kind}s", needed, model_def.parts)
 
 
 def _encode(model: Mplug2, batch: DeviceBatch, taps: Taps) -> Float[Array, "b s d"]:

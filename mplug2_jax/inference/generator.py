@@ -76,7 +76,7 @@ def read_request(path: Path, instruction: str | None) -> tuple[Kind, str]:
     return "text", (instruction or "{text}").replace("{text}", text)
 
 
-def check_parts(requests: Iterable[GenerateRequest], spec: RunSpec, workdir: Path) -> None:
+def check_request_parts(requests: Iterable[GenerateRequest], spec: RunSpec, workdir: Path) -> None:
     """Check that the model can read all requests, and generate.
 
     Raises:

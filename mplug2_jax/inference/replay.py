@@ -93,22 +93,22 @@ def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> Replaye
     start = max((saved for saved in checkpoints.steps() if saved < step), default=0)
     state: TrainState = {}
     with contextlib.closing(checkpoints):
-        for numbers, past in configs_between(start + 1, step, config, read_events(workdir.events)):
+        for past_steps, past in configs_between(start + 1, step, config, read_events(workdir.events)):
             spec = make_run_spec(past, special_tokens(tokenizer), make_mesh(past.mesh))
             streams = open_streams(past, tokenizer)
             if state:
                 state = _convert_state(state, spec)
             else:
                 state, position = _state_after(start, workdir, checkpoints, spec, streams)
-            run_step = make_train_step(spec)
-            for number in numbers:
-                if number < step:
-                    state, _ = run_step(state, _load_batches(streams, position.batch_index(number), spec)[0])
+            train_step = make_train_step(spec)
+            for past_step in past_steps:
+                if past_step < step:
+                    state, _ = train_step(state, _load_batches(streams, position.batch_index(past_step), spec)[0])
     batch_index = position.batch_index(step)
     batches, rows = _load_batches(streams, batch_index, spec)
     other_batches, _ = _load_batches(streams, _other_batch(streams, batch_index), spec)
     contributions = _rank_examples(spec, state, batches, rows, num_ranked, other_batches)
-    _, metrics = run_step(state, batches)
+    _, metrics = train_step(state, batches)
     recorded: dict[str, float | None] = {}
     for line in read_train_metrics(workdir.metrics):
         if line.pop("step") == step:
@@ -121,8 +121,8 @@ def _convert_state(state: TrainState, spec: RunSpec) -> TrainState:
     """Return a state with the arrays, dtypes and shardings that a run with another config restores."""
     leaves = leaves_by_name(state)
 
-    def convert(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put(leaves[leaf_name(path)].astype(like.dtype), like.sharding)
+    def convert(path: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(leaves[leaf_name(path)].astype(abstract.dtype), abstract.sharding)
 
     converted: TrainState = jax.tree_util.tree_map_with_path(convert, spec.shapes)
     return converted

@@ -40,16 +40,12 @@ class Bleu(Metric):
         return 100 * precision ** (1 / self.order) * math.exp(min(0.0, 1 - 1 / ratio))
 
 
-def caption_scores(
-    captions: Sequence[str], references: Sequence[Sequence[str]], tokenize: bool = True
-) -> dict[str, Metric]:
+def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
     """Return CIDEr-D, BLEU-1 to -4 and ROUGE-L, all times 100, of one caption per image against its references.
 
-    CIDEr's document frequencies come from the given references, so its value over few or uniform captions is not
-    comparable with others. ``tokenize=False`` takes texts that are tokens separated by spaces.
+    All texts are tokens separated by spaces: see :func:`tokenize_captions`. CIDEr's document frequencies come from the
+    given references, so its value over few or uniform captions is not comparable with others.
     """
-    if tokenize:
-        captions, references = tokenize_captions(captions), [tokenize_captions(texts) for texts in references]
     references_by_id = {i: list(texts) for i, texts in enumerate(references)}
     captions_by_id = {i: [text] for i, text in enumerate(captions)}
     _, cider = Cider().compute_score(references_by_id, captions_by_id)

@@ -15,7 +15,7 @@ MAX_CLASSES_IN_MATRIX = 20
 """Up to this many classes have a confusion matrix; of more, as many of the most frequent mistakes are listed."""
 
 
-def top_k(scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " labels"], k: int) -> MeanMetric:
+def top_k_accuracy(scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " labels"], k: int) -> MeanMetric:
     """Return the fraction of examples whose label is among the k highest scores. Ties and NaN count as errors.
 
     Raises:

@@ -86,8 +86,8 @@ def exact_top_k(
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
         best, num_correct = _best_correct(queries[part], candidates, query_ids[part], candidate_ids)
-        split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        inputs = _put(_pad_rows(queries[part], rows), split), _put(_pad_rows(best, rows), split)
+        sharded = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        inputs = _put(_pad_rows(queries[part], rows), sharded), _put(_pad_rows(best, rows), sharded)
         num_above, indices = tile_topk(*inputs, tiles, size)
         count = len(best)
         ranks[part] = np.where(num_correct > 0, np.asarray(num_above)[:count] - num_correct, ranks[part])
@@ -213,8 +213,9 @@ def _tile_topk(mesh: Mesh, k: int) -> Callable[..., tuple[jax.Array, jax.Array]]
         (num_above, _, indices), _ = jax.lax.scan(step, init, (jnp.arange(len(tiles)), tiles))
         return num_above, indices
 
-    split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    sharded = jax.shard_map(
-        search, mesh=mesh, in_specs=(split, split, whole, whole), out_specs=(split, split), check_vma=False
-    )
-    return jax.jit(sharded, out_shardings=NamedSharding(mesh, whole))
+    sharded, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
+    search_shards = jax.shard_map(
+        search, mesh=mesh, in_specs=(sharded, sharded, replicated, replicated), out_specs=(sharded, sharded),
+        check_vma=False,
+    )  # fmt: skip
+    return jax.jit(search_shards, out_shardings=NamedSharding(mesh, replicated))

@@ -24,9 +24,9 @@ def box_iou(predictions: Float[np.ndarray, "n 4"], boxes: Float[np.ndarray, "box
     return iou
 
 
-def box_accuracy(iou: Float[np.ndarray, " n"], threshold: float = 0.5) -> MeanMetric:
-    """Return the fraction of boxes whose IoU is at least the threshold."""
-    return MeanMetric((iou >= threshold).astype(np.float64))
+def box_accuracy(iou: Float[np.ndarray, " n"]) -> MeanMetric:
+    """Return the fraction of boxes whose IoU is at least 0.5."""
+    return MeanMetric((iou >= 0.5).astype(np.float64))
 
 
 def mean_iou(iou: Float[np.ndarray, " n"]) -> MeanMetric:

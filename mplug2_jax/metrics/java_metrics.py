@@ -43,8 +43,8 @@ class Meteor(Metric):
         lengths, functions, kinds = total[:2], total[2:4], total[4:20].reshape(4, 2, 2)
         weights = np.asarray([_DELTA, 1 - _DELTA])  # of content words and of function words
         matched = np.einsum("k,kws,w->s", _WEIGHTS, kinds, weights)
-        whole = np.stack([lengths - functions, functions], -1) @ weights
-        precision, recall = np.divide(matched, whole, out=np.zeros(2), where=whole > 0)
+        total_weight = np.stack([lengths - functions, functions], -1) @ weights
+        precision, recall = np.divide(matched, total_weight, out=np.zeros(2), where=total_weight > 0)
         if not precision or not recall:
             return 0.0
         mean = 1 / (_ALPHA / recall + (1 - _ALPHA) / precision)
@@ -64,8 +64,8 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], timeout
     if len(rows) != len(captions) or any(len(row) != 23 for row in rows):
         return None
     counts = np.asarray(rows, np.float64).reshape(-1, 23)
-    whole = (counts[:, 20] == 1) & (counts[:, :2] == counts[:, 21:]).all(1)
-    counts[whole, 20] = 0  # a single chunk that covers both texts has no fragmentation penalty
+    is_exact_match = (counts[:, 20] == 1) & (counts[:, :2] == counts[:, 21:]).all(1)
+    counts[is_exact_match, 20] = 0  # a single chunk that covers both texts has no fragmentation penalty
     return Meteor(counts)
 
 

@@ -44,7 +44,7 @@ class MeanMetric(Metric):
         return len(self.values)
 
 
-def bootstrap_ci(metrics: Mapping[str, Metric], seed: int = 0) -> dict[str, tuple[float, float]]:
+def bootstrap_ci(metrics: Mapping[str, Metric]) -> dict[str, tuple[float, float]]:
     """Return the 95% confidence interval of every metric, from 1,000 resamples of its examples with replacement.
 
     This is the percentile bootstrap (Efron and Tibshirani 1993, chapter 13). Metrics over the same number of examples
@@ -52,7 +52,7 @@ def bootstrap_ci(metrics: Mapping[str, Metric], seed: int = 0) -> dict[str, tupl
     """
     bounds: dict[str, tuple[float, float]] = {}
     for size in {len(metric) for metric in metrics.values()} - {0}:
-        rng = np.random.default_rng([seed, size])
+        rng = np.random.default_rng([0, size])
         group = {name: metric for name, metric in metrics.items() if len(metric) == size}
         resampled = np.empty((NUM_RESAMPLES, len(group)))
         for i in range(NUM_RESAMPLES):

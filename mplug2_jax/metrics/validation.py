@@ -9,8 +9,8 @@ def check_same_length(metric: str, **counts: int) -> None:
     Raises:
         UserError: names the metric and the lengths.
     """
-    found = " and ".join(f"{count:,} {name}" for name, count in counts.items())
+    lengths = " and ".join(f"{count:,} {name}" for name, count in counts.items())
     if len(set(counts.values())) > 1:
-        raise UserError(f"{metric}: found {found}; expected one of each for every example, in the same order")
+        raise UserError(f"{metric}: found {lengths}; expected one of each for every example, in the same order")
     if not all(counts.values()):
-        raise UserError(f"{metric}: found {found}; expected at least one example")
+        raise UserError(f"{metric}: found {lengths}; expected at least one example")

@@ -129,8 +129,11 @@ def _on_each_device(
     # The partitioner cannot partition Mosaic kernels: give each device its examples and heads.
     sizes = dict(mesh.shape)
     qkv_spec, mask_spec = (
-        _name_trivial_axes(activation_spec(names, sizes, shape), sizes)
-        for names, shape in (((sharding.batch, None, "heads", None), query.shape), ((sharding.batch, None), mask.shape))
+        _name_trivial_axes(activation_spec(logical_axes, sizes, shape), sizes)
+        for logical_axes, shape in (
+            ((sharding.batch, None, "heads", None), query.shape),
+            ((sharding.batch, None), mask.shape),
+        )
     )
     sharded_kernel = jax.shard_map(
         kernel, mesh=mesh, in_specs=(*[qkv_spec] * 3, mask_spec), out_specs=qkv_spec, check_vma=False

@@ -1,7 +1,7 @@
 """Model sizes, from one table, and the parts that a model is composed of."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from mplug2_jax.errors import UserError, check_range, did_you_mean
@@ -173,6 +173,28 @@ def model_config(size: str, **overrides: Any) -> ModelConfig:
         if name not in fields:
             raise UserError(f"config.model.{name} is not a field of the model: {did_you_mean(name, fields)}")
     return ModelConfig(**{**SIZES[size], **overrides})
+
+
+def check_has_parts(
+    what: str, needed: Iterable[str], parts: Sequence[str], *, model: str = "this model", advice: str = ""
+) -> None:
+    """Check that a model has the parts that something needs, but for the universal layers, which a run may disable.
+
+    Args:
+        what: needs them, for the error.
+        needed: the parts, in the order in which the error names them.
+        parts: of the model.
+        model: which one it is, for the error.
+        advice: what to do, for the error.
+
+    Raises:
+        UserError: names the missing parts.
+    """
+    missing = [part for part in needed if part not in (*parts, "universal")]
+    if missing:
+        raise UserError(
+            f"{what} needs the parts {', '.join(missing)}, which {model} lacks (it has {', '.join(parts)}){advice}"
+        )
 
 
 def check_parts(parts: tuple[str, ...], config: ModelConfig) -> None:

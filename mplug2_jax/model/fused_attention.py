@@ -1,8 +1,8 @@
-"""Softmax attention for at most 512 tokens as one TPU kernel in each direction: no score leaves the chip.
+"""Softmax attention for at most 512 tokens as one TPU kernel in each direction: scores stay in VMEM.
 
 A grid step has all queries and keys of an example for as many heads as 128 lanes hold, in the layout that projections
-make, [b, l, h * k]. A head is selected by zeros in the lanes of the others, which costs nothing: the matrix unit takes
-128 lanes in any case. The backward pass computes the probabilities again, so that nothing but q, k and v is kept.
+make, [b, l, h * k]. A head is selected by setting the lanes of the others to zero, which costs nothing: the matrix unit
+takes 128 lanes in any case. The backward pass computes the probabilities again, so that only q, k and v are kept.
 """
 
 import functools
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mplug2_jax.model.kernels import MASK_VALUE
+
 MAX_LENGTH, MAX_HEAD_WIDTH = 512, 128
 """Queries or keys, of which the scores of one head take 1 MiB; and features of a head."""
-_LANES, _ROWS = 128, 16  # a tile of 16-bit elements
-_MASK_VALUE = -1e30
+_LANES, _SUBLANES = 128, 16  # a tile of 16-bit elements
 _HEAD_WIDTHS = (32, 64, 128)  # that fill 128 lanes
 
 Dot = Callable[[Array, Array], Float[Array, "m n"]]
@@ -49,9 +50,9 @@ def fused_attention(
         else x.reshape(b, -1, h * k)
         for x in (query, key, value)
     ]  # fmt: skip
-    columns = _round_up(s, _ROWS)
+    columns = _round_up(s, _SUBLANES)
     valid = jnp.arange(columns) < s if key_mask is None else jnp.pad(key_mask, ((0, 0), (0, columns - s)))
-    bias = jnp.where(jnp.broadcast_to(valid, (b, columns)), 0.0, _MASK_VALUE)[:, None]
+    bias = jnp.where(jnp.broadcast_to(valid, (b, columns)), 0.0, MASK_VALUE)[:, None]
     out = _attend(*flat, bias, h, k**-0.5, causal, interpret)
     return out.reshape(b, -1, h, width)[..., :k]
 
@@ -94,7 +95,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _call(
-    kernel: Any, qkv: tuple[Array, ...], others: tuple[Array, ...], bias: Array, results: tuple[Array, ...],
+    kernel: Any, qkv: tuple[Array, ...], extra_inputs: tuple[Array, ...], bias: Array, results: tuple[Array, ...],
     num_heads: int, scale: float, causal: bool, interpret: bool,
 ) -> Any:  # fmt: skip
     """Run a kernel for every example and every 128 lanes; results have the shapes of ``results``."""
@@ -105,7 +106,7 @@ def _call(
     lanes = _LANES if width % _LANES == 0 else width
 
     def block(x: Array) -> Any:
-        return pl.BlockSpec((1, _round_up(x.shape[1], _ROWS), lanes), lambda i, group: (i, 0, group))
+        return pl.BlockSpec((1, _round_up(x.shape[1], _SUBLANES), lanes), lambda i, group: (i, 0, group))
 
     matmuls = 2 if kernel is _forward_kernel else 5
     return pl.pallas_call(
@@ -114,16 +115,16 @@ def _call(
         ),
         grid=(b, width // lanes),
         in_specs=[
-            pl.BlockSpec((1, 1, bias.shape[-1]), lambda i, group: (i, 0, 0)), *map(block, (*qkv, *others))
+            pl.BlockSpec((1, 1, bias.shape[-1]), lambda i, group: (i, 0, 0)), *map(block, (*qkv, *extra_inputs))
         ],
         out_specs=[block(x) for x in results],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
         cost_estimate=pl.CostEstimate(
             flops=2 * matmuls * b * l * s * width, transcendentals=b * num_heads * l * s,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*qkv, *others, *results, bias)),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*qkv, *extra_inputs, *results, bias)),
         ),
         interpret=interpret,
-    )(bias, *qkv, *others)  # fmt: skip
+    )(bias, *qkv, *extra_inputs)  # fmt: skip
 
 
 def _load(ref: Any, length: int) -> Array:
@@ -155,7 +156,7 @@ def _probabilities(query: Array, key: Array, bias: Array, *, scale: float, causa
     scores = _dot(query, key, (1, 1)) * scale + bias
     if causal:
         rows, columns = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
-        scores = jnp.where(columns <= rows, scores, _MASK_VALUE)
+        scores = jnp.where(columns <= rows, scores, MASK_VALUE)
     weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 

@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Float
 
 _SPLASH_BLOCK_Q = 512  # larger blocks overflow the scoped VMEM of v5p in the backward pass
 _SPLASH_BLOCK_KV = 1536
-_MASK_VALUE = -1e30
+MASK_VALUE = -1e30
+"""The score of a masked key."""
 
 
 class PartialSoftmax(NamedTuple):
@@ -30,7 +31,7 @@ def attention_scores(
     """Compute the products of scaled queries and keys in float32; masked keys get a large negative score."""
     products = jnp.einsum("bhlk,bhsk->bhls", query, key, preferred_element_type=jnp.float32)
     # The release adds -1e4 (self) or -1e9 (cross); with at least one valid key the softmax is the same.
-    return products if key_mask is None else jnp.where(key_mask[:, None, None, :], products, _MASK_VALUE)
+    return products if key_mask is None else jnp.where(key_mask[:, None, None, :], products, MASK_VALUE)
 
 
 def partial_softmax(
@@ -46,7 +47,7 @@ def partial_softmax(
     """Attend scaled queries to these keys; ``keep_mask`` is True for weights that a dropout of that rate keeps."""
     logits = attention_scores(query, key, key_mask)
     if causal:
-        logits = jnp.where(jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool), logits, _MASK_VALUE)
+        logits = jnp.where(jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool), logits, MASK_VALUE)
     row_max = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - row_max)
     denominator = weights.sum(axis=-1, keepdims=True)

@@ -55,10 +55,10 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def make_param(
-    rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
+    rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], logical_axes: tuple[str | None, ...]
 ) -> nnx.Param[jax.Array]:
     """Make a float32 parameter that carries its logical axis names."""
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=logical_axes)
 
 
 def kernel_init(config: ModelConfig) -> Initializer:
@@ -73,26 +73,26 @@ def uniform_fan_in(fan_in: int) -> Initializer:
 
 
 def matmul(
-    x: Float[Array, "*batch i"], weight: Float[Array, "a b"], names: tuple[str | None, str | None] | None = None, *,
-    tied: bool = False,
+    x: Float[Array, "*batch i"], weight: Float[Array, "a b"],
+    logical_axes: tuple[str | None, str | None] | None = None, *, tied: bool = False,
 ) -> Float[Array, "*batch o"]:  # fmt: skip
     """Compute ``x @ weight`` ([i, o]), or ``x @ weight.T`` of a tied table ([o, i]), in the dtype of ``x``.
 
-    With the logical ``names`` of a parameter, its shards are gathered for this use, after the cast to the dtype of
+    With the ``logical_axes`` of a parameter, its shards are gathered for this use, after the cast to the dtype of
     ``x``: half the bytes in 16 bits. The custom gradient has the weight's dtype: 16-bit compute accumulates and reduces
     float32 gradients, which JAX's own rule would round first.
     """
-    return _matmul(x, weight, None if params_are_gathered() else names, tied)
+    return _matmul(x, weight, None if params_are_gathered() else logical_axes, tied)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x: Array, weight: Array, names: tuple[str | None, ...] | None, tied: bool) -> Array:
-    return _dot(x, _cast_and_gather(weight, x.dtype, names), (x.ndim - 1,), (1 if tied else 0,), x.dtype)
+def _matmul(x: Array, weight: Array, logical_axes: tuple[str | None, ...] | None, tied: bool) -> Array:
+    return _dot(x, _cast_and_gather(weight, x.dtype, logical_axes), (x.ndim - 1,), (1 if tied else 0,), x.dtype)
 
 
-def _cast_and_gather(weight: Array, dtype: Any, names: tuple[str | None, ...] | None) -> Array:
+def _cast_and_gather(weight: Array, dtype: Any, logical_axes: tuple[str | None, ...] | None) -> Array:
     weight = weight.astype(dtype)
-    return weight if names is None else all_gather_param(weight, names)
+    return weight if logical_axes is None else all_gather_param(weight, logical_axes)
 
 
 def _dot(x: Array, y: Array, x_dims: tuple[int, ...], y_dims: tuple[int, ...], dtype: Any) -> Array:
@@ -100,18 +100,18 @@ def _dot(x: Array, y: Array, x_dims: tuple[int, ...], y_dims: tuple[int, ...], d
 
 
 def _matmul_fwd(
-    x: CustomVJPPrimal, weight: CustomVJPPrimal, names: tuple[str | None, ...] | None, tied: bool
+    x: CustomVJPPrimal, weight: CustomVJPPrimal, logical_axes: tuple[str | None, ...] | None, tied: bool
 ) -> tuple[Array, tuple[Array | None, Array]]:
     # A frozen weight has no gradient, and so its input is not saved.
-    return _matmul(x.value, weight.value, names, tied), (x.value if weight.perturbed else None, weight.value)
+    return _matmul(x.value, weight.value, logical_axes, tied), (x.value if weight.perturbed else None, weight.value)
 
 
 def _matmul_bwd(
-    names: tuple[str | None, ...] | None, tied: bool, residuals: tuple[Array | None, Array], dy: Array
+    logical_axes: tuple[str | None, ...] | None, tied: bool, residuals: tuple[Array | None, Array], dy: Array
 ) -> tuple[Array, Array | None]:
     x, weight = residuals
     dx = _dot(
-        dy, _cast_and_gather(weight, dy.dtype, names), (dy.ndim - 1,), (0 if tied else 1,), dy.dtype
+        dy, _cast_and_gather(weight, dy.dtype, logical_axes), (dy.ndim - 1,), (0 if tied else 1,), dy.dtype
     )  # y has x's dtype
     if x is None:
         return dx, None
@@ -120,7 +120,7 @@ def _matmul_bwd(
         lhs, rhs = lhs.reshape(-1, lhs.shape[-1]), rhs.reshape(-1, rhs.shape[-1])
     batch_dims = tuple(range(lhs.ndim - 1))
     dweight = _dot(lhs, rhs, batch_dims, batch_dims, weight.dtype)
-    return dx, dweight if names is None else reduce_scatter_grad(dweight, names)
+    return dx, dweight if logical_axes is None else reduce_scatter_grad(dweight, logical_axes)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
@@ -130,17 +130,19 @@ class Linear(nnx.Module):
     """Linear map whose kernel [in, out] and bias [out] carry logical axis names; computes in ``dtype``."""
 
     def __init__(
-        self, in_dim: int, out_dim: int, axes: tuple[str | None, str | None], *, dtype: str, rngs: nnx.Rngs,
+        self, in_dim: int, out_dim: int, logical_axes: tuple[str | None, str | None], *, dtype: str, rngs: nnx.Rngs,
         kernel_init: Initializer, bias_init: Initializer = nnx.initializers.zeros, bias: bool = True,
     ) -> None:  # fmt: skip
-        self.kernel = make_param(rngs, kernel_init, (in_dim, out_dim), axes)
+        self.kernel = make_param(rngs, kernel_init, (in_dim, out_dim), logical_axes)
         if bias:
-            self.bias = make_param(rngs, bias_init, (out_dim,), ("norm" if axes[1] == "embed" else axes[1],))
-        self.has_bias, self.dtype, self.axes = bias, dtype, axes
+            self.bias = make_param(
+                rngs, bias_init, (out_dim,), ("norm" if logical_axes[1] == "embed" else logical_axes[1],)
+            )
+        self.has_bias, self.dtype, self.logical_axes = bias, dtype, logical_axes
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Apply the map to the last axis."""
-        y = matmul(x.astype(self.dtype), self.kernel[...], self.axes)
+        y = matmul(x.astype(self.dtype), self.kernel[...], self.logical_axes)
         # Named with its bias: without it, a pass would write both sums, and the backward pass would add it again.
         return checkpoint_name(y + self.bias[...].astype(y.dtype) if self.has_bias else y, DOT)
 

@@ -117,7 +117,7 @@ class ModelDef:
     config: ModelConfig
     parts: tuple[str, ...]
     shapes: Params  # tree of jax.ShapeDtypeStruct
-    axes: Params  # tree of tuples of logical axis names, one per dimension
+    logical_axes: Params  # tree of tuples of names, one per dimension
     graphdef: Any
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -162,10 +162,10 @@ def define_model(config: ModelConfig, parts: tuple[str, ...]) -> ModelDef:
     with nnx.use_eager_sharding(False):
         abstract = nnx.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
         graphdef, state = nnx.split(abstract, nnx.Param)
-    axes = jax.tree.map(
+    logical_axes = jax.tree.map(
         lambda v: tuple(v.get_metadata("out_sharding")), nnx.to_pure_dict(state, lambda v: v), is_leaf=_is_variable
     )
-    return ModelDef(config, parts, params_to_dict(abstract), axes, graphdef)
+    return ModelDef(config, parts, params_to_dict(abstract), logical_axes, graphdef)
 
 
 def _is_variable(x: Any) -> bool:

@@ -28,7 +28,7 @@ def random_key(seed: int | UInt32[Array | np.ndarray, ""]) -> PRNGKeyArray:
 
 
 def bernoulli(key: PRNGKeyArray, probability: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """Draw booleans that are True with a probability, like ``jax.random.bernoulli``, for masks with several readers."""
+    """Draw booleans that are True with a probability, as ``jax.random.bernoulli``, for masks with several consumers."""
     drawn = jax.random.bernoulli(key, probability, shape)
     return _compute_once.bind(drawn.astype(jnp.uint8), jax.random.key_data(key).ravel()[0]).astype(bool)
 
@@ -39,11 +39,11 @@ def _divide_by_one(x: Array, word: UInt32[Array, ""]) -> Array:
 
 
 _compute_once = Primitive("compute_once")
-"""Unsigned integers unchanged, such that XLA's CPU compiler does not compute them again for each reader.
+"""Unsigned integers unchanged, such that XLA's CPU compiler does not compute them again for each consumer.
 
-It fuses cheap operations into all of their readers: the hash of a dropout mask into up to 66 places, which takes a
-quarter of the time of compiling a small step. A division by a word that only the run knows is not cheap. Compilers of
-other platforms weigh operations against memory traffic; for them it is the identity.
+It fuses cheap operations into all of their consumers: the hash of a dropout mask into up to 66 places, which takes a
+quarter of the time of compiling a small step. A division by a word that is known only at run time is not cheap.
+Compilers of other platforms weigh operations against memory traffic; for them it is the identity.
 """
 _compute_once.def_impl(lambda x, word: x)
 _compute_once.def_abstract_eval(lambda x, word: x)

@@ -63,16 +63,16 @@ def sequence_attention(
     pad_keys = -key.shape[1] % shards if sharding.keys else 0
     mask = jnp.ones(key.shape[:2], bool) if key_mask is None else key_mask
     arrays: list[Array] = [_pad(query, pad_queries), _pad(key, pad_keys), _pad(value, pad_keys), _pad(mask, pad_keys)]
-    names: list[tuple[str | None, ...]] = [
+    logical_axes: list[tuple[str | None, ...]] = [
         (sharding.batch, sharding.queries, "heads", None), *[(sharding.batch, sharding.keys, "heads", None)] * 2,
         (sharding.batch, sharding.keys),
     ]  # fmt: skip
     if keep_mask is not None:
         arrays.append(jnp.pad(keep_mask, ((0, 0), (0, 0), (0, pad_queries), (0, pad_keys))))
-        names.append((sharding.batch, "heads", sharding.queries, None if sharding.queries else sharding.keys))
+        logical_axes.append((sharding.batch, "heads", sharding.queries, None if sharding.queries else sharding.keys))
 
     mesh = jax.sharding.get_abstract_mesh()
-    specs = [activation_spec(n, dict(mesh.shape), x.shape) for n, x in zip(names, arrays, strict=True)]
+    specs = [activation_spec(axes, dict(mesh.shape), x.shape) for axes, x in zip(logical_axes, arrays, strict=True)]
     algorithm = _choose_algorithm(arrays[1], specs[1], dict(mesh.shape), sharding, has_dropout=keep_mask is not None)
     is_fused = kernel in ("fused", "splash", "cudnn") and algorithm in (_local, _all_gather_kv)
     sharded_attention = jax.shard_map(

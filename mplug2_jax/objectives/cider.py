@@ -80,14 +80,14 @@ def compact_words(ids: Any, tokens: SpecialTokens) -> tuple[Any, Any]:
 def hash_ngrams(words: Any) -> list[Any]:
     """Hash the n-gram that starts at each word to 32 bits, for n = 1 to 4: arrays [..., m - n + 1]."""
     words = words.astype(np.uint32)
-    keys = [_mix(words)]
+    keys = [_murmur3_finalizer(words)]
     while len(keys) < MAX_NGRAM:
         next_words = words[..., len(keys) :]
-        keys.append(_mix(keys[-1][..., : next_words.shape[-1]] * np.uint32(31) + next_words))
+        keys.append(_murmur3_finalizer(keys[-1][..., : next_words.shape[-1]] * np.uint32(31) + next_words))
     return keys
 
 
-def _mix(x: Any) -> Any:
+def _murmur3_finalizer(x: Any) -> Any:
     """Apply the finalizer of MurmurHash3, a bijection."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
@@ -100,7 +100,7 @@ def cider_d(
 ) -> Float[Array, "b k"]:  # fmt: skip
     """Score each candidate against all references of its example, on the toolkit's scale: the maximum is 10.
 
-    References of padding only do not exist; a reference without words does.
+    A reference that is all padding is ignored; one that has tokens but no words counts.
     """
     words, lengths = compact_words(candidates, tokens)
     ref_words, ref_lengths = compact_words(references, tokens)

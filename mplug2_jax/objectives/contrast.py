@@ -38,21 +38,21 @@ def info_nce(
 ) -> Float[Array, " b"]:
     """Compute softmax cross entropy over all candidates per example; candidates with its id are equal positives.
 
-    Features are float32 unit vectors. Examples of weight 0 are no candidates; their own results are undefined.
+    Features are float32 unit vectors. Examples of weight 0 are not candidates; their own results are undefined.
     """
     mesh = jax.sharding.get_abstract_mesh()
     spec = activation_spec(("batch", None), dict(mesh.shape), features.shape)
-    axes = sharded_axes(spec, 0)
+    mesh_axes = sharded_axes(spec, 0)
 
     def per_chip(features: Array, candidates: Array, ids: Array, example_weights: Array, temperature: Array) -> Array:
-        ring = _make_ring(axes, *features.shape)
+        ring = _make_ring(mesh_axes, *features.shape)
         block = jax.tree.map(ring.gather_block, (candidates, ids, example_weights))
         return _info_nce(features, *block, ids, temperature, ring)
 
     arrays = (features, candidates, ids, example_weights, jnp.broadcast_to(temperature, ids.shape))
-    if not axes:
+    if not mesh_axes:
         return per_chip(*arrays)
-    rows = jax.sharding.PartitionSpec(axes)
+    rows = jax.sharding.PartitionSpec(mesh_axes)
     return jax.shard_map(per_chip, mesh=mesh, in_specs=rows, out_specs=rows)(*arrays)
 
 
@@ -60,7 +60,7 @@ def info_nce(
 class _Ring:
     """Ring of chips along axes of the mesh, around which blocks of candidates rotate."""
 
-    axes: tuple[str, ...]
+    mesh_axes: tuple[str, ...]
     num_chips: int
     doublings: int  # a block has the rows of 2**doublings chips ...
     across_slices: bool  # ... and of the corresponding chips of all slices
@@ -69,14 +69,14 @@ class _Ring:
     def receive_from(self, x: Shaped[Array, "..."], distance: int) -> Shaped[Array, "..."]:
         """Receive ``x`` of the chip ``distance`` positions behind."""
         chips = range(self.num_chips)
-        return jax.lax.ppermute(x, self.axes, [((i + distance) % self.num_chips, i) for i in chips])
+        return jax.lax.ppermute(x, self.mesh_axes, [((i + distance) % self.num_chips, i) for i in chips])
 
     def gather_block(self, rows: Shaped[Array, "r ..."]) -> Shaped[Array, "c ..."]:
         """Gather a chip's first block: its rows and those of the chips behind it."""
         if self.across_slices:
             rows = jax.lax.all_gather(rows, _SLICE_AXIS, tiled=True)
         if self.is_gathered:
-            return jax.lax.all_gather(rows, self.axes, tiled=True)
+            return jax.lax.all_gather(rows, self.mesh_axes, tiled=True)
         for i in range(self.doublings):
             rows = jnp.concatenate([rows, self.receive_from(rows, 2**i)])
         return rows
@@ -93,9 +93,9 @@ class _Ring:
         return 1 if self.is_gathered else self.num_chips >> self.doublings
 
 
-def _make_ring(axes: tuple[str, ...], rows: int, width: int) -> _Ring:
-    across_slices = _SLICE_AXIS in axes
-    ring_axes = tuple(axis for axis in axes if axis != _SLICE_AXIS)
+def _make_ring(mesh_axes: tuple[str, ...], rows: int, width: int) -> _Ring:
+    across_slices = _SLICE_AXIS in mesh_axes
+    ring_axes = tuple(axis for axis in mesh_axes if axis != _SLICE_AXIS)
     num_chips = jax.lax.axis_size(ring_axes) if ring_axes else 1
     rows *= jax.lax.axis_size(_SLICE_AXIS) if across_slices else 1
     if ring_axes and rows * num_chips * width * 4 <= _MAX_GATHERED_BYTES:

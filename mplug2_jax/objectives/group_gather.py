@@ -1,8 +1,8 @@
 """Gather rows of token sequences within groups of the batch, which may span chips.
 
-Only the samples say which chip needs which rows, and messages have static sizes. So a group that spans chips is
-all-gathered among them, slice after slice, and each chip keeps the rows that it needs; the backward pass
-reduce-scatters the slices' gradients. Traffic grows with the group, memory does not.
+Which chip needs which rows is known only at run time, but messages have static sizes. So a group that spans chips is
+all-gathered among them, one chunk after the other, and each chip keeps the rows that it needs; the backward pass
+reduce-scatters the chunks' gradients. Traffic grows with the group, memory does not.
 """
 
 import math
@@ -15,20 +15,22 @@ from jaxtyping import Array, Int, Shaped
 from mplug2_jax.parallel.sharding import activation_spec, num_shards, sharded_axes
 
 GATHER_SCOPE = "gather_in_group"
-"""Scope of the products by which rows are gathered on a chip: their operations are none of the model's."""
-_MAX_GATHERED_BYTES = 2**28  # of a slice of all rows of a group; far below, the network's latency would dominate
+"""Scope of the products by which rows are gathered on a chip: their operations are not counted as the model's."""
+_MAX_GATHERED_BYTES = 2**28  # of a chunk of all rows of a group; far below, the network's latency would dominate
 
 
-def gather_in_group(x: Shaped[Array, "b ..."], index: Int[Array, "g n"], *names: str | None) -> Shaped[Array, "b ..."]:
-    """Gather rows of ``x`` [g*n, ...] within each group; ``names`` are the logical axes of the row's dimensions.
+def gather_in_group(
+    x: Shaped[Array, "b ..."], index: Int[Array, "g n"], *logical_axes: str | None
+) -> Shaped[Array, "b ..."]:
+    """Gather rows of ``x`` [g*n, ...] within each group; ``logical_axes`` are those of the row's dimensions.
 
     Dimensions without a name are replicated. Rows are exact; gradients of a row are summed in its dtype.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    names = ("batch", *names, *(None,) * (x.ndim - 1 - len(names)))
-    spec = activation_spec(names, dict(mesh.shape), x.shape)
-    axes = sharded_axes(spec, 0)
-    num_chips = math.prod(mesh.shape[axis] for axis in axes)
+    logical_axes = ("batch", *logical_axes, *(None,) * (x.ndim - 1 - len(logical_axes)))
+    spec = activation_spec(logical_axes, dict(mesh.shape), x.shape)
+    mesh_axes = sharded_axes(spec, 0)
+    num_chips = math.prod(mesh.shape[axis] for axis in mesh_axes)
     num_rows, group_size = len(x) // num_chips, index.shape[1]
     if num_rows % group_size == 0:
         return _gather_locally(x, index)
@@ -40,17 +42,17 @@ def gather_in_group(x: Shaped[Array, "b ..."], index: Int[Array, "g n"], *names:
     def per_chip(x: Array, rows: Array) -> Array:
         row_size = math.prod(x.shape[1:])
         max_size = max(_MAX_GATHERED_BYTES // (span * x.dtype.itemsize), 1)
-        num_slices = next(n for n in range(1, row_size + 1) if row_size % n == 0 and row_size // n <= max_size)
+        num_chunks = next(n for n in range(1, row_size + 1) if row_size % n == 0 and row_size // n <= max_size)
 
-        def gather_slice(part: Array) -> Array:
-            gathered = jax.lax.all_gather(part, axes, axis_index_groups=chips, tiled=True)
+        def gather_chunk(part: Array) -> Array:
+            gathered = jax.lax.all_gather(part, mesh_axes, axis_index_groups=chips, tiled=True)
             return gathered.at[rows].get(mode="promise_in_bounds")
 
-        slices = x.reshape(len(x), num_slices, -1).swapaxes(0, 1)
-        return jax.lax.map(gather_slice, slices).swapaxes(0, 1).reshape(x.shape)
+        chunks = x.reshape(len(x), num_chunks, -1).swapaxes(0, 1)
+        return jax.lax.map(gather_chunk, chunks).swapaxes(0, 1).reshape(x.shape)
 
-    padding = [(0, -size % num_shards(name) if name else 0) for name, size in zip(names, x.shape, strict=True)]
-    gathered = jax.shard_map(per_chip, mesh=mesh, in_specs=(spec, PartitionSpec(axes)), out_specs=spec)(
+    padding = [(0, -size % num_shards(axis) if axis else 0) for axis, size in zip(logical_axes, x.shape, strict=True)]
+    gathered = jax.shard_map(per_chip, mesh=mesh, in_specs=(spec, PartitionSpec(mesh_axes)), out_specs=spec)(
         jnp.pad(x, padding), rows
     )
     return gathered[tuple(slice(size) for size in x.shape)]

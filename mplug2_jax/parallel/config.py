@@ -33,21 +33,21 @@ class MeshConfig:
         sizes = {axis: int(getattr(self, axis)) for axis in MESH_AXES}
         open_axes = [axis for axis, size in sizes.items() if size == -1]
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        found = ", ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items() if size != 1)
-        found = found or "config.mesh with every axis 1"
+        given = ", ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items() if size != 1)
+        given = given or "config.mesh with every axis 1"
         if len(open_axes) > 1:
-            raise UserError(f"{found}: only one axis may be -1, found {len(open_axes)}")
+            raise UserError(f"{given}: only one axis may be -1, found {len(open_axes)}")
         if any(size < 1 and size != -1 for size in sizes.values()):
-            raise UserError(f"{found}: every axis must be at least 1, or -1 for the remaining devices")
+            raise UserError(f"{given}: every axis must be at least 1, or -1 for the remaining devices")
         if open_axes:
             if num_devices % fixed:
                 raise UserError(
-                    f"{found}: {fixed} does not divide the {num_devices} devices; choose sizes whose product does"
+                    f"{given}: {fixed} does not divide the {num_devices} devices; choose sizes whose product does"
                 )
             sizes[open_axes[0]] = num_devices // fixed
         elif fixed != num_devices:
             raise UserError(
-                f"{found} needs {fixed} devices, but there are {num_devices}; set one axis to -1 to use them all"
+                f"{given} needs {fixed} devices, but there are {num_devices}; set one axis to -1 to use them all"
             )
         return sizes
 

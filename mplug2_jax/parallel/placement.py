@@ -25,38 +25,40 @@ class ParamShardings:
 
 
 def param_spec(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: Mapping[str, int]
+    shape: tuple[int, ...], logical_axes: tuple[str | None, ...], sizes: Mapping[str, int]
 ) -> tuple[PartitionSpec, list[str]]:
     """Return the partition of one parameter, and a reason for each rule that could not be applied."""
     spec: list[str | None] = []
     skipped = []
-    for size, name in zip(shape, axes, strict=True):
-        axis = PARAMETER_RULES[name] if name else None
-        assert axis is None or isinstance(axis, str)
-        if axis is None or sizes[axis] == 1:
+    for size, logical_axis in zip(shape, logical_axes, strict=True):
+        mesh_axis = PARAMETER_RULES[logical_axis] if logical_axis else None
+        assert mesh_axis is None or isinstance(mesh_axis, str)
+        if mesh_axis is None or sizes[mesh_axis] == 1:
             spec.append(None)
-        elif axis in spec:
-            skipped.append(f"'{name}' is not sharded: {axis} already shards another dimension")
+        elif mesh_axis in spec:
+            skipped.append(f"'{logical_axis}' is not sharded: {mesh_axis} already shards another dimension")
             spec.append(None)
-        elif size % sizes[axis]:
-            skipped.append(f"'{name}' is not sharded: {size} is not a multiple of {axis}={sizes[axis]}")
+        elif size % sizes[mesh_axis]:
+            skipped.append(
+                f"'{logical_axis}' is not sharded: {size} is not a multiple of {mesh_axis}={sizes[mesh_axis]}"
+            )
             spec.append(None)
         else:
-            spec.append(axis)
+            spec.append(mesh_axis)
     return PartitionSpec(*spec), skipped
 
 
-def make_param_shardings(shapes: Tree, axes: Tree, mesh: Mesh | AbstractMesh) -> ParamShardings:
+def make_param_shardings(shapes: Tree, logical_axes: Tree, mesh: Mesh | AbstractMesh) -> ParamShardings:
     """Shard every parameter, given the tree of shapes and the matching tree of logical axis names."""
     sizes, skipped_rules = dict(mesh.shape), {}
 
-    def shard(path: tuple[Any, ...], shape: Any, names: tuple[str | None, ...]) -> NamedSharding:
-        spec, skipped = param_spec(tuple(shape.shape), names, sizes)
+    def shard(path: tuple[Any, ...], shape: Any, param_axes: tuple[str | None, ...]) -> NamedSharding:
+        spec, skipped = param_spec(tuple(shape.shape), param_axes, sizes)
         if skipped:
             skipped_rules["/".join(key.key for key in path)] = "; ".join(skipped)
         return NamedSharding(mesh, spec)
 
-    shardings = jax.tree_util.tree_map_with_path(shard, shapes, axes)
+    shardings = jax.tree_util.tree_map_with_path(shard, shapes, logical_axes)
     return ParamShardings(shardings, skipped_rules)
 
 
@@ -72,9 +74,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def num_batch_shards(mesh: Mesh) -> int:
     """Return the number of shards of a batch."""
-    axes = ACTIVATION_RULES["batch"]
-    assert isinstance(axes, tuple)
-    return math.prod(mesh.shape[axis] for axis in axes)
+    mesh_axes = ACTIVATION_RULES["batch"]
+    assert isinstance(mesh_axes, tuple)
+    return math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
 
 
 def local_batch_shards(mesh: Mesh) -> tuple[int, ...]:

@@ -227,6 +227,18 @@ def allgather_objects(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def all_processes(condition: bool) -> bool:
+    """Return whether a condition holds in all processes. A collective: all of them call it."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
+
+
+def any_process(condition: bool) -> bool:
+    """Return whether a condition holds in at least one process. A collective: all of them call it."""
+    return not all_processes(not condition)
+
+
 def allgather_dict(values: Mapping[int, Any]) -> dict[int, Any]:
     """Merge dicts of JSON-serializable values from all processes, sorted by key. A collective."""
     items = itertools.chain.from_iterable(allgather_objects(list(values.items())))
@@ -234,7 +246,7 @@ def allgather_dict(values: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def check_same_across_processes(values: Mapping[str, Any]) -> None:
-    """Check that named values are the same in all processes. A collective: all processes call it.
+    """Check that named values are the same in all processes. A collective: all of them call it.
 
     Raises:
         UserError: names the first value that differs, and the process.

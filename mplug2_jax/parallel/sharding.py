@@ -48,21 +48,24 @@ _PADDED_AXES = frozenset({"visual"})
 
 
 def activation_spec(
-    names: tuple[str | None, ...], axis_sizes: Mapping[str, int], shape: tuple[int, ...],
+    logical_axes: tuple[str | None, ...], axis_sizes: Mapping[str, int], shape: tuple[int, ...],
     rules: Mapping[str, MeshAxes] = ACTIVATION_RULES,
 ) -> PartitionSpec:  # fmt: skip
     """Partition an activation: shard each dimension over the longest prefix of its mesh axes that divides it."""
     return PartitionSpec(
-        *(_partition(n, rules[n] if n else None, s, axis_sizes) for n, s in zip(names, shape, strict=True))
+        *(
+            _partition(axis, rules[axis] if axis else None, size, axis_sizes)
+            for axis, size in zip(logical_axes, shape, strict=True)
+        )
     )
 
 
-def _partition(name: str | None, axes: MeshAxes, size: int, axis_sizes: Mapping[str, int]) -> MeshAxes:
+def _partition(logical_axis: str | None, mesh_axes: MeshAxes, size: int, axis_sizes: Mapping[str, int]) -> MeshAxes:
     used: list[str] = []
     num_shards = 1
-    for axis in (axes,) if isinstance(axes, str) else axes or ():
+    for axis in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
         axis_size = axis_sizes.get(axis, 1)
-        if size % (num_shards * axis_size) and name not in _PADDED_AXES:
+        if size % (num_shards * axis_size) and logical_axis not in _PADDED_AXES:
             break
         if axis_size > 1:
             used.append(axis)
@@ -72,42 +75,47 @@ def _partition(name: str | None, axes: MeshAxes, size: int, axis_sizes: Mapping[
 
 def sharded_axes(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
     """Return the mesh axes over which a dimension is sharded."""
-    axes = spec[dim]
-    return (axes,) if isinstance(axes, str) else axes or ()  # PartitionSpec replaces a tuple of one by its element
+    mesh_axes = spec[dim]
+    # PartitionSpec replaces a tuple of one by its element.
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
 
 
-def num_shards(name: str) -> int:
+def num_shards(logical_axis: str) -> int:
     """Return how many shards a logical axis of activations has on the mesh in context; 1 without a mesh."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), ACTIVATION_RULES[name]
-    return math.prod(dict(mesh.shape).get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    axis_sizes, mesh_axes = dict(jax.sharding.get_abstract_mesh().shape), ACTIVATION_RULES[logical_axis]
+    return math.prod(
+        axis_sizes.get(axis, 1) for axis in ((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ())
+    )
 
 
-def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "..."]:
-    """Constrain an activation's sharding by one logical name per dimension; a no-op without a mesh in context.
+def constrain(x: Shaped[Array, "..."], *logical_axes: str | None) -> Shaped[Array, "..."]:
+    """Constrain an activation's sharding by one logical axis per dimension; a no-op without a mesh in context.
 
     Example:
         ``constrain(tokens, "batch", None, None)`` shards the first dimension as the batch, and no other dimension.
     """
-    return _constrain(x, names, ACTIVATION_RULES)
+    return _constrain(x, logical_axes, ACTIVATION_RULES)
 
 
 def _constrain(
-    x: Shaped[Array, "..."], names: tuple[str | None, ...], rules: Mapping[str, MeshAxes]
+    x: Shaped[Array, "..."], logical_axes: tuple[str | None, ...], rules: Mapping[str, MeshAxes]
 ) -> Shaped[Array, "..."]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, activation_spec(names, dict(mesh.shape), x.shape, rules))
+    return jax.lax.with_sharding_constraint(x, activation_spec(logical_axes, dict(mesh.shape), x.shape, rules))
 
 
-def all_gather_param(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+def all_gather_param(parameter: Float[Array, "..."], logical_axes: tuple[str | None, ...]) -> Float[Array, "..."]:
     """All-gather a parameter over ``fsdp``; it stays sharded over ``tensor``."""
-    return _constrain(parameter, tuple(n if n in ACTIVATION_RULES else None for n in names), ACTIVATION_RULES)
+    return _constrain(
+        parameter, tuple(axis if axis in ACTIVATION_RULES else None for axis in logical_axes), ACTIVATION_RULES
+    )
 
 
-def reduce_scatter_grad(grad: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+def reduce_scatter_grad(grad: Float[Array, "..."], logical_axes: tuple[str | None, ...]) -> Float[Array, "..."]:
     """Sum a parameter's gradient over the batch axes and shard it like the parameter."""
-    return _constrain(grad, names, PARAMETER_RULES)
+    return _constrain(grad, logical_axes, PARAMETER_RULES)
 
 
 _PARAMS_GATHERED = contextvars.ContextVar("_PARAMS_GATHERED", default=False)
@@ -128,31 +136,31 @@ def params_are_gathered() -> bool:
     return _PARAMS_GATHERED.get()
 
 
-def gather_param(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+def gather_param(parameter: Float[Array, "..."], logical_axes: tuple[str | None, ...]) -> Float[Array, "..."]:
     """All-gather a parameter for one use, and reduce-scatter its gradient.
 
     Without explicit constraints the partitioner may move activations instead of weights, and JAX 0.10 on three mesh
     axes computes a wrong gradient for a tied table (off by up to half; a test compares the loss curve on 2 x 2 x 2
     devices with that of one).
     """
-    return parameter if params_are_gathered() else _gather_param(parameter, names)
+    return parameter if params_are_gathered() else _gather_param(parameter, logical_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_param(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
-    return all_gather_param(parameter, names)
+def _gather_param(parameter: Float[Array, "..."], logical_axes: tuple[str | None, ...]) -> Float[Array, "..."]:
+    return all_gather_param(parameter, logical_axes)
 
 
 def _gather_param_fwd(
-    parameter: Float[Array, "..."], names: tuple[str | None, ...]
+    parameter: Float[Array, "..."], logical_axes: tuple[str | None, ...]
 ) -> tuple[Float[Array, "..."], None]:
-    return _gather_param(parameter, names), None
+    return _gather_param(parameter, logical_axes), None
 
 
 def _gather_param_bwd(
-    names: tuple[str | None, ...], _residuals: None, grad: Float[Array, "..."]
+    logical_axes: tuple[str | None, ...], _residuals: None, grad: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."]]:
-    return (reduce_scatter_grad(grad, names),)
+    return (reduce_scatter_grad(grad, logical_axes),)
 
 
 _gather_param.defvjp(_gather_param_fwd, _gather_param_bwd)

@@ -78,8 +78,8 @@ def local_device_ids(environment: Mapping[str, str]) -> tuple[int, ...] | None:
 
 def _tasks_on_node(environment: Mapping[str, str]) -> int:
     """Return the number of tasks of the step on this node; ``SLURM_STEP_TASKS_PER_NODE`` reads like "2(x3),1"."""
-    listed = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    counts = [int(count) for count, repeats in listed for _ in range(int(repeats or 1))]
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    counts = [int(count) for count, repeats in groups for _ in range(int(repeats or 1))]
     node = environment.get("SLURM_NODEID", "")
     if node.isdecimal() and int(node) < len(counts):
         return counts[int(node)]
@@ -98,5 +98,5 @@ def _gpus_on_node(environment: Mapping[str, str]) -> int | None:
     count = re.fullmatch(r"(?:.*:)?(\d+)(?:\(.*\))?", environment.get("SLURM_GPUS_ON_NODE", ""))
     if count:
         return int(count[1]) or None
-    listed = environment.get("SLURM_STEP_GPUS", "")
-    return len(listed.split(",")) if listed else None
+    gpu_ids = environment.get("SLURM_STEP_GPUS", "")
+    return len(gpu_ids.split(",")) if gpu_ids else None

@@ -66,7 +66,7 @@ class EvalOutput:
     example_scores: Float[np.ndarray, " n"]  # of each prediction; higher is better
     confusion: ConfusionSummary | None = None  # of classification
     nearest: RetrievalNeighbors | None = None  # of retrieval
-    absent: tuple[str, ...] = ()  # metrics that cannot be computed on this machine
+    unavailable_metrics: tuple[str, ...] = ()  # metrics that cannot be computed on this machine
     warnings: tuple[str, ...] = ()  # about examples that cannot be scored
 
 
@@ -86,9 +86,9 @@ class Task(TaskSpec):
 
     Retrieval tasks may score some pairs of one example's text and another's frames again. ``score_pairs`` runs on the
     device under jit: it takes ``frames`` of b examples, and r texts for each (``text``, ``text_mask`` [b, r, l]), and
-    returns scores [b, r]. ``rerank`` runs on the host after all predictions, with the mesh in context and alike in all
-    processes: it takes a function from pairs (example of the text, example of the frames) to scores, and returns what
-    ``score`` reads in place of the predictions.
+    returns scores [b, r]. ``rerank`` runs on the host after all predictions, with the mesh in context and in the same
+    way in all processes: it takes a function from pairs (example of the text, example of the frames) to scores, and
+    returns what ``score`` reads in place of the predictions.
 
     ``external_metrics`` adds the metrics of Java programs, which the primary process runs where they are installed.
     """

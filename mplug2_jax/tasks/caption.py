@@ -42,8 +42,8 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     """
     captions = [decode(ids.tolist()) for ids in predictions["ids"]]
     references, shifted = _tokenize_references(examples)
-    metrics = caption_scores(tokenize_captions(captions), references, tokenize=False)
-    baselines = caption_scores(shifted, references, tokenize=False)
+    metrics = caption_scores(tokenize_captions(captions), references)
+    baselines = caption_scores(shifted, references)
     cider = metrics["cider"]
     assert isinstance(cider, MeanMetric)
     return EvalOutput(metrics, {name: metric.value for name, metric in baselines.items()}, captions, cider.values)
@@ -64,8 +64,8 @@ def external_metrics(output: EvalOutput, examples: Sequence[Example]) -> EvalOut
     for name, metric in (("meteor", Meteor), ("spice", MeanMetric)):
         if (rows := values[name]) is not None:
             metrics[name], baselines[name] = metric(rows[: len(examples)]), metric(rows[len(examples) :]).value
-    absent = tuple(name for name in values if values[name] is None)
-    return dataclasses.replace(output, metrics=metrics, baselines=baselines, absent=absent)
+    unavailable = tuple(name for name in values if values[name] is None)
+    return dataclasses.replace(output, metrics=metrics, baselines=baselines, unavailable_metrics=unavailable)
 
 
 def _tokenize_references(examples: Sequence[Example]) -> tuple[list[list[str]], list[str]]:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from data_pipelines.examples import Example
-from mplug2_jax.metrics.classification import confusion_summary, top_k
+from mplug2_jax.metrics.classification import confusion_summary, top_k_accuracy
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.classification import class_loss
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
@@ -38,7 +38,7 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     names = {f"top_{k}": k for k in (1, 5) if k == 1 or probabilities.shape[1] > k}
     predicted = probabilities.argmax(1)
     return EvalOutput(
-        metrics={name: top_k(probabilities, labels, k) for name, k in names.items()},
+        metrics={name: top_k_accuracy(probabilities, labels, k) for name, k in names.items()},
         baselines={name: float(np.sort(counts)[::-1][:k].sum() / len(labels)) for name, k in names.items()},
         predictions=class_names(predicted, examples),
         example_scores=label_probability(probabilities, labels),

@@ -14,8 +14,8 @@ def augment_colors(batch: DeviceBatch) -> DeviceBatch:
     """Apply a batch's ``color_operations``, if it has any, to its frames, and remove them."""
     if "color_operations" not in batch:
         return batch
-    rest = {name: array for name, array in batch.items() if name != "color_operations"}
-    return rest | {"frames": apply_color_operations(batch["frames"], batch["color_operations"])}
+    other_arrays = {name: array for name, array in batch.items() if name != "color_operations"}
+    return other_arrays | {"frames": apply_color_operations(batch["frames"], batch["color_operations"])}
 
 
 def apply_color_operations(

@@ -23,7 +23,7 @@ DEFAULT_CACHE_DIR = Path("~/.cache/mplug2_jax/xla")
 # Overlap collectives with matmuls: all-gathers run piecewise during them, and reductions on the sparse cores, where a
 # chip has any. The flags also turn gradient sums into true reduce-scatters: by default most gradients are summed whole
 # on every device and sliced afterwards, which sends twice as much.
-_TPU = {
+_TPU_OPTIONS = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
@@ -34,8 +34,8 @@ _TPU = {
 
 # Without fusions of the library YNN: for each of them loading a cached program searches the whole program, which takes
 # longer than everything else that a restart does.
-_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
-_OPTIONS: Mapping[str, Mapping[str, bool | float | str]] = {"tpu": _TPU, "cpu": _CPU}
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+_OPTIONS: Mapping[str, Mapping[str, bool | float | str]] = {"tpu": _TPU_OPTIONS, "cpu": _CPU_OPTIONS}
 
 
 def compiler_options(platform: str) -> dict[str, bool | float | str]:
@@ -43,13 +43,13 @@ def compiler_options(platform: str) -> dict[str, bool | float | str]:
     return dict(_OPTIONS.get(platform, {}))
 
 
-def enable_compilation_cache(where: str, workdir: WorkDir) -> Path | None:
+def enable_compilation_cache(setting: str, workdir: WorkDir) -> Path | None:
     """Cache compiled programs in a folder, so that a restart does not compile them again.
 
     Small programs are cached too: a restart has some dozens, as the checksums of the restored arrays.
 
     Args:
-        where: ``config.compilation_cache``: a folder, "off", or "auto". With a work directory in a bucket "auto" is
+        setting: ``config.compilation_cache``: a folder, "off", or "auto". With a work directory in a bucket "auto" is
             there, because the disks of its machines come and go. On CPUs it is one folder per kind of processor: in a
             shared home directory one machine would load machine code for another.
         workdir: of the run.
@@ -60,21 +60,21 @@ def enable_compilation_cache(where: str, workdir: WorkDir) -> Path | None:
     Raises:
         OSError: a folder that the config names cannot be created.
     """
-    if where == "off":
+    if setting == "off":
         return None
     if _MIN_SECONDS not in os.environ:
         jax.config.update(_MIN_SECONDS.lower(), 0)
     configured = jax.config.values["jax_compilation_cache_dir"]  # by the environment
-    if where == "auto" and configured:
+    if setting == "auto" and configured:
         return to_path(configured)
     default = workdir.compilation_cache if isinstance(workdir.path, RemotePath) else DEFAULT_CACHE_DIR
     if jax.default_backend() == "cpu":
         default /= f"cpu-{cpu_fingerprint()}"
-    folder = (default if where == "auto" else to_path(where)).expanduser()
+    folder = (default if setting == "auto" else to_path(setting)).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        if where == "auto":  # a home directory that is not writable, as in containers
+        if setting == "auto":  # a home directory that is not writable, as in containers
             return None
         raise
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -286,7 +286,7 @@ class RunConfig:
             ipaddress.ip_address(self.metrics_address)
         except ValueError:
             raise UserError(
-                f"config.metrics_address={self.metrics_address!r} is no IP address: 127.0.0.1 serves this machine, "
+                f"config.metrics_address={self.metrics_address!r} is not an IP address: 127.0.0.1 serves this machine, "
                 "0.0.0.0 others too"
             ) from None
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)

@@ -10,7 +10,7 @@ Every field of type ``Steps`` takes a text in place of a number: ``"500 steps"``
   mixture; with ``drop_remainder``, which skips the last ones, the whole batches among them. With several streams, one
   is named: ``"2 epochs of image_text"``. Sources are opened to count their records.
 
-What is no whole number of steps is rounded up.
+A duration that is not a whole number of steps is rounded up.
 """
 
 import bisect
@@ -60,12 +60,12 @@ class Durations:
             where: name of the field, for messages.
 
         Raises:
-            UserError: the text is no duration, names no stream or an unknown one, or sources that cannot be opened.
+            UserError: the text is not a duration, names no stream or an unknown one, or sources that cannot be opened.
         """
         field, match = f"{where}={text!r}", _DURATION.fullmatch(text)
         if not match or (match["stream"] and match["unit"] == "step"):
             raise UserError(
-                f"{field} is no duration: expected 500, '10k steps', '3 epochs', '1.5M examples', '5%', or with a "
+                f"{field} is not a duration: expected 500, '10k steps', '3 epochs', '1.5M examples', '5%', or with a "
                 "stream's name '3 epochs of text'"
             )
         amount = Fraction(match["number"]) * _SCALES[match["scale"]]

@@ -27,7 +27,7 @@ POSITIONS = ("vision", "positions")
 def init_or_load_state(spec: RunSpec, streams: Mapping[str, Stream] | None = None) -> TrainState:
     """Return the state before step 1, and log where it came from.
 
-    Where captions are rewarded by CIDEr, those of ``streams`` are counted first, alike in all processes.
+    Where captions are rewarded by CIDEr, those of ``streams`` are counted first, with the same result in all processes.
 
     With ``config.init_from`` the chosen parts are loaded from another checkpoint, whole or not at all: its EMA where it
     has one, with LoRA's adapters merged. A teacher starts as that checkpoint's teacher, or else as a copy of the
@@ -129,9 +129,9 @@ def _load_parts(spec: RunSpec, checkpoints: Checkpoints, step: int) -> TrainStat
     params = {}
     for tree in {"params", "teacher"} & set(spec.shapes):
         source = "teacher" if tree == "teacher" and "teacher" in trees else weights
-        like = remove_adapters({part: spec.shapes[tree][part] for part in loaded})
-        like = partition(like, ("temporal",))[0] if lacks_temporal else like
-        params[tree] = _restore(checkpoints, step, source, like)
+        abstract_tree = remove_adapters({part: spec.shapes[tree][part] for part in loaded})
+        abstract_tree = partition(abstract_tree, ("temporal",))[0] if lacks_temporal else abstract_tree
+        params[tree] = _restore(checkpoints, step, source, abstract_tree)
     state = spec.init()
     state |= {tree: combine(parts, state[tree]) for tree, parts in params.items()}
     if "ema" in state:
@@ -156,20 +156,22 @@ def _select_parts(config: RunConfig, parts: set[str], available: set[str]) -> Se
     return selected
 
 
-def _restore(checkpoints: Checkpoints, step: int, tree: str, like: Any) -> Any:
-    """Restore parts of a tree, laid out like ``like``, with the position table resized to the model's grid."""
+def _restore(checkpoints: Checkpoints, step: int, tree: str, abstract_tree: Any) -> Any:
+    """Restore parts of a tree, laid out like ``abstract_tree``, with the position table resized to the model's grid."""
     stored = checkpoints.array_specs(step)
     path = next((path for path in ((tree, *POSITIONS), ("params", *POSITIONS)) if path in stored), POSITIONS)
-    table = like.get("vision", {}).get("positions")
+    table = abstract_tree.get("vision", {}).get("positions")
     resized = None
     if table is not None and path in stored and stored[path][0] != table.shape:
         rows = checkpoints.read_arrays([path], step)[path]
         grid = round((table.shape[0] - 1) ** 0.5)
         resized = jax.device_put(resize_positions(jnp.asarray(rows), grid), table.sharding)
-        like = like | {"vision": {name: leaf for name, leaf in like["vision"].items() if name != "positions"}}
+        abstract_tree = abstract_tree | {
+            "vision": {name: leaf for name, leaf in abstract_tree["vision"].items() if name != "positions"}
+        }
         if tree != "teacher":
             logging.info("resized the position table from %d to %d rows", rows.shape[0], table.shape[0])
-    parts, _ = checkpoints.restore_params(like, step, tree=tree)
+    parts, _ = checkpoints.restore_params(abstract_tree, step, tree=tree)
     if resized is not None:
         parts["vision"]["positions"] = resized
     return parts

@@ -66,20 +66,20 @@ def train(
 ) -> list[EvaluationResult]:
     """Train, or resume from the work directory's last good checkpoint; return the last evaluations.
 
-    All processes of a run call this together; process 0 writes the files, and each raises the errors that it finds.
+    All processes of a run call this together. Process 0 writes the files; each process raises the errors that it finds.
 
     Args:
         config: of the run.
         path: of the work directory.
-        force: fields and groups, as ``config.optimizer``, that may differ from the config of the run that is resumed,
-            although they decide what is computed.
-        watchdog: of a process that joined others; it is closed. None: one is started here.
+        force: fields and groups of fields, such as ``config.optimizer``, that may differ from the config of the run
+            that is resumed, although they change what is computed.
+        watchdog: of a process that joined others; it is closed at the end. None: one is started here.
 
     Raises:
-        UserError, DataError: before step 1, an invalid config, data set, mesh or directory, or another run that uses
-            it; later, losses that are not finite many times in a row, a device that computes wrong results, a last
-            state that cannot be saved.
-        Preempted: by SIGTERM or SIGINT; the state is saved.
+        UserError, DataError: before step 1, the config, data set, mesh or directory is invalid, or another run uses
+            the directory; later, the loss is not finite many times in a row, a device computes wrong results, or the
+            last state cannot be saved.
+        Preempted: SIGTERM or SIGINT arrived; the state is saved.
     """
     workdir = WorkDir(path)
     set_retry_limit(config.storage_timeout)
@@ -389,7 +389,7 @@ def check_data_unchanged(position: DataPosition, streams: Mapping[str, Stream], 
     Args:
         position: of a checkpoint.
         streams: of the run that resumes from it.
-        changed: fields of the config that were changed on purpose since then; what follows from them is no error.
+        changed: fields of the config that were changed on purpose since then; what follows from them is not an error.
 
     Raises:
         UserError: the data changed; names the stream, what was and what is there.

@@ -127,7 +127,7 @@ def make_run_spec(
     model_def = define_model(config.model, config.parts() if parts is None else parts)
     hyperparams = make_hyperparams(config)
     params = add_adapters(model_def.shapes, config.lora.parts, adapter_shapes(config.lora))
-    axes = add_adapters(model_def.axes, config.lora.parts, adapter_axes)
+    axes = add_adapters(model_def.logical_axes, config.lora.parts, adapter_axes)
     decay = config.optimizer.layer_decay
     scales = None if decay == 1 else partition(lr_scales(params, config.model, decay), config.frozen)[0]
     optimizer = _make_optimizer(config, hyperparams, scales)

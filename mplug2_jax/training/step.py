@@ -115,7 +115,7 @@ def train_step(
     gathered_frozen = jax.tree.map(all_gather_param, frozen, frozen_axes) if gather_once else frozen
     gathered_teacher = teacher
     if gather_once and teacher is not None:
-        gathered_teacher = jax.tree.map(all_gather_param, teacher, spec.model_def.axes)
+        gathered_teacher = jax.tree.map(all_gather_param, teacher, spec.model_def.logical_axes)
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
         with assume_params_gathered() if gather_once else contextlib.nullcontext():

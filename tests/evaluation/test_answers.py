@@ -140,7 +140,7 @@ def test_a_list_of_answers_is_for_questions(tmp_path: Path) -> None:
 
 def log_likelihoods(params: Params) -> np.ndarray:
     """Return the log-likelihoods of each answer's tokens [examples, answers, tokens], padded with 0."""
-    (batch,) = make_evaluation("answer", "", batch_size=6)._set.batches()
+    (batch,) = make_evaluation("answer", "", batch_size=6)._dataset.batches()
     longest = max(len(TOKENIZER.encode(answer)) for answer in ANSWERS) - 1
 
     def token_log_likelihoods(params: Params, arrays: DeviceBatch, ids: jax.Array) -> jax.Array:

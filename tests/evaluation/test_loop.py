@@ -119,7 +119,7 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
     ours, model_def = actions(visual)
     params = random_params(model_def)
     rows = [
-        np.asarray(ours._predict(params, batch.arrays)["probabilities"]) for batch in ours._set.batches()
+        np.asarray(ours._predict(params, batch.arrays)["probabilities"]) for batch in ours._dataset.batches()
     ]  # a row for each view
     means = np.concatenate(rows)[:21].reshape(7, 3, -1).astype(np.float64).mean(1)
     scored = {}
@@ -139,7 +139,7 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
         assert_same_predictions(other.predictions, whole.predictions)
 
     broken, _ = actions(visual)
-    load = broken._set._builder.load
+    load = broken._dataset._builder.load
     broken._config = dataclasses.replace(
         broken._config, data=dataclasses.replace(broken._config.data, max_bad_fraction=1.0)
     )
@@ -149,7 +149,7 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
             raise _BadRecordError(BadRecord("digits", "4", "cut off"))
         return load(ref, view)
 
-    monkeypatch.setattr(broken._set._builder, "load", fails)
+    monkeypatch.setattr(broken._dataset._builder, "load", fails)
     partial = broken.run(params, 0)
     assert partial.num_examples == 6
     assert partial.skipped == (BadRecord("digits", "4", "cut off"),)

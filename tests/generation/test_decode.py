@@ -39,7 +39,7 @@ def test_a_mesh_matches_one_device_and_gathers_the_decoder_once(config: MeshConf
     params = jax.jit(DEFINITION.init)(jax.random.key(0))
     expected = jax.jit(decode)(params, make_memory())
     mesh = make_mesh(config)
-    sharded = jax.device_put(params, make_param_shardings(DEFINITION.shapes, DEFINITION.axes, mesh).shardings)
+    sharded = jax.device_put(params, make_param_shardings(DEFINITION.shapes, DEFINITION.logical_axes, mesh).shardings)
     with jax.set_mesh(mesh):
         arguments = (sharded, jax.device_put(make_memory(), batch_sharding(mesh)))
         compiled = jax.jit(decode, out_shardings=replicated_sharding(mesh)).lower(*arguments).compile()

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
-from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest, Evaluator
+from mplug2_jax.inference.checkpoint_eval import CheckpointEvaluator, CheckpointSource
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
@@ -65,31 +65,31 @@ def run(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]) -> Path
     return path
 
 
-def subjects(run: Path, *overrides: str) -> list[CheckpointUnderTest]:
+def sources(run: Path, *overrides: str) -> list[CheckpointSource]:
     return [
-        CheckpointUnderTest.from_workdir(run, overrides),
-        CheckpointUnderTest.from_recipe(str(run.parent / "recipe.py"), run, overrides),
+        CheckpointSource.from_workdir(run, overrides),
+        CheckpointSource.from_recipe(str(run.parent / "recipe.py"), run, overrides),
     ]
 
 
 @pytest.mark.slow
 def test_the_ema_parameters_are_evaluated_unless_disabled(run: Path, state: dict[str, Any]) -> None:
-    for subject, last in zip(subjects(run), subjects(run, "--config.ema_decay=0"), strict=True):
-        assert (subject.use_ema, last.use_ema) == (True, False)
-        ema, step = Evaluator(subject, ["captions"]).read(None)
+    for source, last in zip(sources(run), sources(run, "--config.ema_decay=0"), strict=True):
+        assert (source.use_ema, last.use_ema) == (True, False)
+        ema, step = CheckpointEvaluator(source, ["captions"]).read(None)
         assert step == 4
         assert_equal(ema["vision"]["positions"], state["ema"]["vision"]["positions"])
         assert_equal(ema["decoder"], state["ema"]["decoder"])
         assert_equal(ema["text"], state["params"]["text"])  # frozen, so not in the EMA
-        assert_equal(Evaluator(last, ["captions"]).read(3)[0]["decoder"], state["params"]["decoder"])
+        assert_equal(CheckpointEvaluator(last, ["captions"]).read(3)[0]["decoder"], state["params"]["decoder"])
 
 
 @pytest.mark.slow
 def test_only_what_evaluations_need_is_read(run: Path) -> None:
-    for subject in subjects(run):
-        words, _ = Evaluator(subject, ["words"]).read(4)
+    for source in sources(run):
+        words, _ = CheckpointEvaluator(source, ["words"]).read(4)
         assert set(words) == set(FREEZE)
-        captions, _ = Evaluator(subject, ["captions"]).read(4)
+        captions, _ = CheckpointEvaluator(source, ["captions"]).read(4)
         # The model has fusion, so captions are requested by an instruction.
         assert set(captions) == {"vision", "text", "universal", "fusion", "decoder"}
         assert not any(name.startswith("temporal") for name in captions["vision"]["blocks"])
@@ -105,7 +105,7 @@ def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
     checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig())
     checkpoints.save(spec.init(), DataPosition(1, {}))
     checkpoints.close()
-    evaluator = Evaluator(CheckpointUnderTest.from_workdir(tmp_path, ()), ["words"])
+    evaluator = CheckpointEvaluator(CheckpointSource.from_workdir(tmp_path, ()), ["words"])
     params, step = evaluator.read(None)
     assert set(params) == {"text", "mlm"}
     (result,) = evaluator.run(params, step, ["words"], lambda phase: None)
@@ -114,7 +114,7 @@ def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_program_serves_all_checkpoints(run: Path) -> None:
-    evaluator = Evaluator(CheckpointUnderTest.from_workdir(run, ()))
+    evaluator = CheckpointEvaluator(CheckpointSource.from_workdir(run, ()))
     results = []
     for step in (3, 4):
         params, _ = evaluator.read(step)

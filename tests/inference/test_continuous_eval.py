@@ -11,7 +11,7 @@ import pytest
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.results import EvaluationResult, save_result
 from mplug2_jax.inference import continuous_eval
-from mplug2_jax.inference.checkpoint_eval import Evaluator
+from mplug2_jax.inference.checkpoint_eval import CheckpointEvaluator
 from mplug2_jax.inference.continuous_eval import ContinuousEvaluator, resolve_until_step, wait_for_run
 from mplug2_jax.training.checkpoint.checkpoints import DamagedCheckpointError
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
@@ -34,18 +34,18 @@ class Checkpoints:
         return self._known
 
 
-class Scores(Evaluator):
+class Scores(CheckpointEvaluator):
     """Two evaluations whose metric is the step; ``reading`` and ``running`` are actions of the run meanwhile."""
 
     def __init__(self, path: Path, reading: Meanwhile, running: Meanwhile) -> None:
         workdir = WorkDir(path)
-        self.subject = SimpleNamespace(workdir=workdir, checkpoints=Checkpoints(workdir.checkpoints))
+        self.source = SimpleNamespace(workdir=workdir, checkpoints=Checkpoints(workdir.checkpoints))
         self.evaluations = {"a": None, "b": None}
         self._reading, self._running = reading, running
 
     def read(self, step):
         self._reading(step)
-        path = self.subject.checkpoints.folder / str(step)
+        path = self.source.checkpoints.folder / str(step)
         if not path.exists() or (path / "damaged").exists():
             raise DamagedCheckpointError(f"checkpoint {step} is damaged; choose another")
         return {}, step

@@ -12,7 +12,7 @@ from mplug2_jax.metrics.classification import (
     average_views,
     confusion_matrix,
     confusion_summary,
-    top_k,
+    top_k_accuracy,
 )
 from tests.close import FLOAT64, assert_close
 
@@ -23,18 +23,18 @@ def test_top_k_is_scikit_learns_and_its_resamples_too(seed, examples, classes, k
     scores, labels = rng.normal(size=(examples, classes)), rng.integers(classes, size=examples)
     counts = rng.integers(3, size=examples).astype(np.float64) + (np.arange(examples) == 0)
     known = {"k": min(k, classes - 1), "labels": np.arange(classes)}
-    metric = top_k(scores, labels, known["k"])
+    metric = top_k_accuracy(scores, labels, known["k"])
     assert metric.value == pytest.approx(sklearn.metrics.top_k_accuracy_score(labels, scores, **known))
     expected = sklearn.metrics.top_k_accuracy_score(labels, scores, sample_weight=counts, **known)
     assert metric.weighted(counts) == pytest.approx(expected)
-    assert top_k(scores, labels, classes).value == 1
+    assert top_k_accuracy(scores, labels, classes).value == 1
 
 
 def test_ties_and_nan_count_as_errors():
     labels = np.asarray([0, 2])
-    assert [top_k(np.ones((2, 3)), labels, k).value for k in (1, 2, 3)] == [0, 0, 1]
-    assert top_k(np.full((2, 3), np.nan), labels, 2).value == 0
-    assert top_k(np.asarray([[1.0, np.nan, 0.0], [0.0, 0.0, 1.0]]), labels, 1).value == 0.5
+    assert [top_k_accuracy(np.ones((2, 3)), labels, k).value for k in (1, 2, 3)] == [0, 0, 1]
+    assert top_k_accuracy(np.full((2, 3), np.nan), labels, 2).value == 0
+    assert top_k_accuracy(np.asarray([[1.0, np.nan, 0.0], [0.0, 0.0, 1.0]]), labels, 1).value == 0.5
 
 
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 4), min_size=1, max_size=8))
@@ -83,9 +83,9 @@ def test_few_classes_have_a_matrix_and_many_the_most_frequent_mistakes():
 def test_invalid_inputs_are_errors():
     scores = np.ones((2, 3))
     with pytest.raises(UserError, match="top-1 accuracy: found 2 predictions and 3 labels"):
-        top_k(scores, np.asarray([0, 1, 2]), 1)
+        top_k_accuracy(scores, np.asarray([0, 1, 2]), 1)
     with pytest.raises(UserError, match=r"labels\[1\] is -1, expected a class from 0 to 2"):
-        top_k(scores, np.asarray([0, -1]), 1)
+        top_k_accuracy(scores, np.asarray([0, -1]), 1)
     with pytest.raises(UserError, match=r"confusion: predictions\[0\] is 2, expected a class from 0 to 1"):
         confusion_matrix(np.asarray([2, 0]), np.asarray([0, 1]), 2)
 

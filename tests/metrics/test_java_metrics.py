@@ -58,7 +58,9 @@ def test_every_metric_equals_the_toolkit(tokenizer: str) -> None:
         else (lambda texts: {i: tokenize_captions(each) for i, each in texts.items()})
     )
     expected = toolkit_scores(split(references), split(captions))
-    result = caption_scores([text for (text,) in captions.values()], [references[i] for i in captions])
+    result = caption_scores(
+        tokenize_captions([text for (text,) in captions.values()]), [tokenize_captions(references[i]) for i in captions]
+    )
     assert_close({name: metric.value for name, metric in result.items()}, expected, FLOAT64, scale=100)
 
 

@@ -46,7 +46,7 @@ def test_unused_parts_have_no_parameters(parts, present, absent):
 def test_every_parameter_has_a_name_per_axis():
     model_def = define_model(model_config("tiny", num_classes=10), (*EVERYTHING, "classifier"))
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-    axes = jax.tree.leaves(model_def.axes, is_leaf=is_axes)
+    axes = jax.tree.leaves(model_def.logical_axes, is_leaf=is_axes)
     shapes = jax.tree.leaves(model_def.shapes)
     assert [len(a) for a in axes] == [len(s.shape) for s in shapes]
 
@@ -99,7 +99,7 @@ def test_a_large_model_is_initialized_in_shards():
 
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
     model_def = define_model(model_config("large"), QUESTION)
-    sharded = make_param_shardings(model_def.shapes, model_def.axes, mesh)
+    sharded = make_param_shardings(model_def.shapes, model_def.logical_axes, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         compiled = jax.jit(model_def.init, out_shardings=sharded.shardings).lower(key).compile(LOW_EFFORT)

@@ -36,7 +36,7 @@ def test_a_large_model_is_sharded() -> None:
     """Each device has its share of the kernels; replicated parameters are small."""
     model_def = define_model(model_config("large"), ("vision", "temporal", "text", "universal", "fusion", "decoder"))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    sharded = make_param_shardings(model_def.shapes, model_def.axes, mesh)
+    sharded = make_param_shardings(model_def.shapes, model_def.logical_axes, mesh)
     shapes, shardings = jax.tree.leaves(model_def.shapes), jax.tree.leaves(sharded.shardings)
     per_device = sum(int(np.prod(s.shard_shape(x.shape))) for x, s in zip(shapes, shardings, strict=True))
     assert per_device < 1.05 * model_def.num_params() / 8
@@ -46,7 +46,7 @@ def test_a_large_model_is_sharded() -> None:
 def test_every_logical_axis_of_the_model_has_a_rule() -> None:
     parts = ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm", "contrastive", "matching")
     model_def = define_model(model_config("tiny", num_classes=10), (*parts, "classifier"))
-    leaves = jax.tree.leaves(model_def.axes, is_leaf=lambda x: isinstance(x, tuple))
+    leaves = jax.tree.leaves(model_def.logical_axes, is_leaf=lambda x: isinstance(x, tuple))
     names = {name for axes in leaves for name in axes if name is not None}
     assert names <= set(PARAMETER_RULES)
 

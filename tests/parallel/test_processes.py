@@ -10,7 +10,9 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.processes import (
     DEFAULT_PORT,
     Cluster,
+    all_processes,
     allgather_objects,
+    any_process,
     check_same_across_processes,
     detect_cluster,
 )
@@ -125,3 +127,4 @@ def test_any_environment_is_a_cluster_or_an_error(environment: dict[str, str]) -
 def test_collectives_of_a_single_process() -> None:
     assert allgather_objects({"a": [1, None]}) == [{"a": [1, None]}]
     check_same_across_processes({"a": 1})
+    assert [(all_processes(holds), any_process(holds)) for holds in (True, False)] == [(True, True), (False, False)]

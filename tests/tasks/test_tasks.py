@@ -347,13 +347,14 @@ def test_java_metrics_of_captions_are_present_or_absent(monkeypatch):
     result = caption.external_metrics(output, examples)
     assert calls == [(["a b", "f", "d e", "a b"], 2 * [["a b", "a c"], ["d e"]])]
     assert (result.metrics["spice"].value, result.baselines) == (50.0, {"spice": 20.0})
-    assert (result.metrics.keys(), result.absent, result.predictions) == ({"spice"}, ("meteor",), output.predictions)
+    assert (result.metrics.keys(), result.unavailable_metrics) == ({"spice"}, ("meteor",))
+    assert result.predictions == output.predictions
 
     counts = np.arange(4 * 23, dtype=np.float64).reshape(4, 23)
     monkeypatch.setattr(caption, "meteor", lambda captions, references, timeout: Meteor(counts))
     monkeypatch.setattr(caption, "spice", lambda captions, references, timeout: None)
     result = caption.external_metrics(output, examples)
-    assert (result.metrics["meteor"].value, result.absent) == (Meteor(counts[:2]).value, ("spice",))
+    assert (result.metrics["meteor"].value, result.unavailable_metrics) == (Meteor(counts[:2]).value, ("spice",))
     assert result.baselines == {"meteor": Meteor(counts[2:]).value}
 
 

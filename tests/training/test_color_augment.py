@@ -125,5 +125,6 @@ def test_the_option_is_refused_where_nothing_would_apply_it() -> None:
     data = config(color_on_device=True)
     with pytest.raises(DataError, match="found 'train' with num_ops=0; set it to False"):
         dataclasses.replace(data.visual, num_ops=0)
-    with pytest.raises(UserError, match=r"evaluations apply no operations: set data.visual.color_on_device to False"):
+    message = "color augmentation on the device is for training only: set data.visual.color_on_device to False"
+    with pytest.raises(UserError, match=message):
         EvaluationConfig(task="vlc", data=data)

@@ -81,13 +81,13 @@ def test_a_ramp_of_the_batch_size_counts() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("5 %%", "config.x='5 %%' is no duration: expected 500, '10k steps', '3 epochs'"),
-        ("3 parsecs", "config.x='3 parsecs' is no duration"),
-        ("-3 epochs", "config.x='-3 epochs' is no duration"),
-        ("5% of images", "is no duration"),
-        ("5 steps of images", "is no duration"),
-        ("", "is no duration"),
-        ("true", "is no duration"),
+        ("5 %%", "config.x='5 %%' is not a duration: expected 500, '10k steps', '3 epochs'"),
+        ("3 parsecs", "config.x='3 parsecs' is not a duration"),
+        ("-3 epochs", "config.x='-3 epochs' is not a duration"),
+        ("5% of images", "is not a duration"),
+        ("5 steps of images", "is not a duration"),
+        ("", "is not a duration"),
+        ("true", "is not a duration"),
         ("2 epochs", "config.x='2 epochs' names no stream, and each has its own epochs: add ' of images'"),
         ("2 epochs of image", "names a stream that the run lacks: did you mean 'images'? (valid: images, texts)"),
         ("9 examples of pictures", "names a stream that the run lacks: valid: images, texts"),
@@ -208,7 +208,7 @@ def test_durations_are_read_by_the_old_names_of_fields() -> None:
         ("log_every=0%", "config.log_every=0 must be at least 1"),
         (
             "streams.text.data.batch_ramp=[{'last_step':'5 parsecs','batch_size':8}]",
-            "config.streams.text.data.batch_ramp[0].last_step='5 parsecs' is no duration",
+            "config.streams.text.data.batch_ramp[0].last_step='5 parsecs' is not a duration",
         ),
         (
             "streams.text.data.batch_ramp=[{'last_step':'9%','batch_size':8},{'last_step':'5%','batch_size':8}]",

@@ -22,10 +22,10 @@ from data_pipelines.storage.paths import RemotePath, remove_tree
 from data_pipelines.storage.retry import is_access_error, is_transient
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.processes import is_primary_process
-from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, leaves_by_name, mismatched
+from mplug2_jax.parallel.processes import all_processes, any_process, is_primary_process
+from mplug2_jax.training.checkpoint.checksums import checksums, find_mismatches, leaf_name, leaves_by_name
 from mplug2_jax.training.checkpoint.lazy_arrays import LazyArray, LazyArrayHandler
-from mplug2_jax.training.checkpoint.metadata import FORMAT, DataPosition, ModelMetadata
+from mplug2_jax.training.checkpoint.metadata import FORMAT_VERSION, DataPosition, ModelMetadata
 from mplug2_jax.training.checkpoint.retention import BestByScore, preservation_policy
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.optim.lora import merge_adapter_on_devices, merge_adapters, stored_adapter
@@ -120,7 +120,7 @@ class Checkpoints:
         minutes = self._config.every_minutes
         timed = (self.save_failed and elapsed >= RETRY_SECONDS) or (minutes > 0 and elapsed >= 60 * minutes)
         if jax.process_count() > 1:  # clocks and disks differ between processes
-            timed = step % SAVE_SYNC_INTERVAL == 0 and not _all_processes(not timed)
+            timed = step % SAVE_SYNC_INTERVAL == 0 and any_process(timed)
         return timed or step % self._config.every_steps == 0
 
     def save(self, state: TrainState, position: DataPosition, scores: Mapping[int, float] | None = None) -> float:
@@ -141,7 +141,7 @@ class Checkpoints:
         self.wait_until_finished()
         flush_logs()  # a run that resumes from this checkpoint does not write these lines again
         if position.step not in self.steps():
-            meta: dict[str, Any] = {"format": FORMAT, "position": to_dict(position)}
+            meta: dict[str, Any] = {"format": FORMAT_VERSION, "position": to_dict(position)}
             if self._model:
                 meta["model"] = to_dict(self._model)
             if not self._lazy:
@@ -165,10 +165,10 @@ class Checkpoints:
             UserError: it cannot be saved.
         """
         self.wait_until_finished()
-        if not _all_processes(not self.save_failed):
+        if any_process(self.save_failed):
             self.save(state, position, scores)
             self.wait_until_finished()
-        if not _all_processes(not self.save_failed):
+        if any_process(self.save_failed):
             remedy = "" if self._is_remote else f"free space on the disk of {self.folder} and "
             raise (StorageUnavailableError if self._is_remote else UserError)(
                 f"the state after step {position.step} could not be saved to {self.folder}; {remedy}start the run "
@@ -218,8 +218,8 @@ class Checkpoints:
             remove_tree(self.folder / str(step))
         self._unfinished.clear()
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, DataPosition]:
-        """Restore the state of a step (the last by default), laid out like ``like``, which describes every array.
+    def restore(self, abstract_state: TrainState, step: int | None = None) -> tuple[TrainState, DataPosition]:
+        """Restore a step's state (the last by default), laid out like ``abstract_state``, which describes each array.
 
         Raises:
             DamagedCheckpointError: the checkpoint is incomplete, or an array is not what was saved.
@@ -227,9 +227,9 @@ class Checkpoints:
         """
         step = self.resolve_step(step)
         position = self._read_position(step)
-        return self._restore_checked(step, like), position
+        return self._restore_checked(step, abstract_state), position
 
-    def restore_last_good(self, like: TrainState) -> tuple[TrainState, DataPosition]:
+    def restore_last_good(self, abstract_state: TrainState) -> tuple[TrainState, DataPosition]:
         """Restore the newest intact state. Damaged checkpoints are logged and quarantined: renamed, never deleted.
 
         Raises:
@@ -243,10 +243,10 @@ class Checkpoints:
         for step in reversed(self.steps()):
             damage = None
             try:
-                restored = self.restore(like, step)
+                restored = self.restore(abstract_state, step)
             except DamagedCheckpointError as error:
                 damage = error
-            if _all_processes(damage is None):
+            if all_processes(damage is None):
                 self._quarantine(damaged)
                 return restored
             damaged[step] = damage or DamagedCheckpointError(
@@ -270,20 +270,20 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints are quarantined")
             self.refresh()
 
-    def restore_params(self, like: Any, step: int | None = None, *, tree: str = "params") -> tuple[Any, int]:
+    def restore_params(self, abstract_params: Any, step: int | None = None, *, tree: str = "params") -> tuple[Any, int]:
         """Restore the parameters alone, and return them with their step.
 
-        They are read from ``tree``, as "ema"; what it lacks because it was frozen is read from ``params``. ``like``
-        describes a model without LoRA: adapters in the tree are merged into their kernels.
+        They are read from ``tree``, as "ema"; what it lacks because it was frozen is read from ``params``.
+        ``abstract_params`` describes a model without LoRA: adapters in the tree are merged into their kernels.
 
         Raises:
             DamagedCheckpointError, UserError: as :meth:`restore`.
         """
         step = self.resolve_step(step)
         stored, target, has_adapters = self.array_specs(step), dict[tuple[str, ...], Any](), False
-        for place, leaf in flatten_dict(like).items():
-            target[tree if (tree, *place) in stored else "params", *place] = leaf
-            for factor in stored_adapter((tree, *place), stored).values():
+        for path, leaf in flatten_dict(abstract_params).items():
+            target[tree if (tree, *path) in stored else "params", *path] = leaf
+            for factor in stored_adapter((tree, *path), stored).values():
                 shape, dtype = stored[factor]
                 target[factor] = jax.ShapeDtypeStruct(shape, dtype, sharding=_replicated_like(leaf))
                 has_adapters = True
@@ -294,19 +294,21 @@ class Checkpoints:
             params = merge_adapters(params, self.model_metadata(step).lora_scale, merge_adapter_on_devices)
         return params, step
 
-    def _restore_checked(self, step: int, like: Any) -> Any:
+    def _restore_checked(self, step: int, abstract_tree: Any) -> Any:
         """Restore arrays in their stored dtype, in which they are checked, and cast them."""
-        stored = self._check_shapes(step, like)
+        stored = self._check_shapes(step, abstract_tree)
         exact = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jax.ShapeDtypeStruct(
                 leaf.shape, stored[leaf_name(path)].dtype, sharding=getattr(leaf, "sharding", None)
             ),
-            like,
+            abstract_tree,
         )
         restore_args = ocp.checkpoint_utils.construct_restore_args(exact)
         restored = self._read(step, ocp.args.PyTreeRestore(item=exact, restore_args=restore_args, partial_restore=True))
         self._check_checksums(step, restored)
-        return jax.tree.map(lambda x, leaf: x if x.dtype == leaf.dtype else x.astype(leaf.dtype), restored, like)
+        return jax.tree.map(
+            lambda x, leaf: x if x.dtype == leaf.dtype else x.astype(leaf.dtype), restored, abstract_tree
+        )
 
     def _read(self, step: int, target: Any) -> Any:
         try:
@@ -374,15 +376,15 @@ class Checkpoints:
         path = self.folder / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_text())
-            newer, _ = meta["format"] > FORMAT, meta["position"]["step"]
+            newer, _ = meta["format"] > FORMAT_VERSION, meta["position"]["step"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, OSError) and (is_transient(error) or is_access_error(error)):
                 raise self._read_error(step, error) from error
             raise self._damaged(step, "incomplete: meta/metadata is missing or damaged") from error
         if newer:
             raise UserError(
-                f"checkpoint {path.parent.parent} has format {meta['format']}, but this version reads up to {FORMAT}; "
-                "update mplug2_jax"
+                f"checkpoint {path.parent.parent} has format {meta['format']}, but this version reads up to "
+                f"{FORMAT_VERSION}; update mplug2_jax"
             )
         return dict(meta)
 
@@ -414,16 +416,16 @@ class Checkpoints:
     def _check_checksums(self, step: int, restored: Any) -> None:
         """Compare every array with its checksum at the save; checkpoints of older versions have none."""
         expected = self._read_meta(step).get("digests", {})
-        wrong = mismatched(checksums(restored), expected) if expected else []
+        wrong = find_mismatches(checksums(restored), expected) if expected else []
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise self._damaged(step, f"damaged ({wrong[0]}{more} differs from what was saved, by its checksum)")
 
-    def _check_shapes(self, step: int, like: Any) -> dict[str, Any]:
+    def _check_shapes(self, step: int, abstract_tree: Any) -> dict[str, Any]:
         """Compare names and shapes with what is stored, so that the error can name the first difference."""
         where, stored = f"checkpoint {self.folder / str(step)}", self._stored_leaves(step)
         has_optimizer = any(name.startswith("opt/") for name in stored)
-        for name, leaf in leaves_by_name(like).items():
+        for name, leaf in leaves_by_name(abstract_tree).items():
             if name.startswith("opt/") and not has_optimizer:
                 raise UserError(
                     f"{where} holds weights without an optimizer state, so no run can "
@@ -480,13 +482,6 @@ def _state_handler(lazy: bool) -> Any:
         (LazyArray, LazyArrayHandler()),
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=not lazy)
-
-
-def _all_processes(condition: bool) -> bool:
-    """Return whether a condition holds in all processes, which call this together."""
-    if jax.process_count() == 1:
-        return condition
-    return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
 
 
 def _replicated_like(leaf: Any) -> Any:

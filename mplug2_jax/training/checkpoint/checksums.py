@@ -21,10 +21,11 @@ def checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     for dim in reversed(range(x.ndim)):  # no reshape, which would move shards
         index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
         stride *= x.shape[dim]
-    return jnp.sum(_mix(bits.astype(jnp.uint32) + _mix(index + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
+    mixed_index = _murmur3_finalizer(index + jnp.uint32(0x9E3779B9))
+    return jnp.sum(_murmur3_finalizer(bits.astype(jnp.uint32) + mixed_index), dtype=jnp.uint32)
 
 
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def _murmur3_finalizer(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """Apply MurmurHash3's finalizer, a permutation of 32-bit words that flips half of the bits for any flipped one."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
@@ -47,7 +48,7 @@ def _on_device(x: Any) -> Any:
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
-def mismatched(actual: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:
+def find_mismatches(actual: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:
     """Return the names that both have, with different checksums."""
     return [name for name, value in actual.items() if name in expected and expected[name] != value]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mplug2_jax.model.config import ModelConfig
 
-FORMAT = 3
+FORMAT_VERSION = 3
 """Raised when the metadata changes so that older code would misread it.
 
 2: rollbacks shift the data. 3: LoRA's adapters stand next to the kernels that they change.

@@ -25,18 +25,18 @@ def probe_storage(folder: Path, name: str) -> None:
     """
     spec = {"driver": "file", "path": f"{folder.absolute()}/"}
     if isinstance(folder, RemotePath):
-        scheme, _, place = str(folder).partition("://")
-        bucket, _, path = place.partition("/")
+        scheme, _, location = str(folder).partition("://")
+        bucket, _, path = location.partition("/")
         spec = {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": f"{path}/" if path else ""}
     try:
         store = tensorstore.KvStore.open(spec).result()
         store.write(name, _DATA).result()
-        found = store.read(name).result().value
+        read_back = store.read(name).result().value
         store.write(name, None).result()
     except Exception as error:  # without types of its own
         reason = str(error).split("\n")[0].partition(" [")[0][:160]
         if is_transient(error):
             raise StorageUnavailableError(f"{folder} cannot be written now ({reason}); start again later") from error
         raise UserError(f"--workdir {folder} cannot be written ({reason}); choose another") from error
-    if found != _DATA:
+    if read_back != _DATA:
         raise UserError(f"--workdir {folder} returns other bytes than were written; choose another")

@@ -14,7 +14,7 @@ from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.fusion import joint_attention_layers
 from mplug2_jax.model.mplug2 import Params
 
-_JOINT = ("universal", "fusion", "decoder")  # stacks that read another one, from the bottom up
+_STACK_ORDER = ("universal", "fusion", "decoder")  # stacks that read another one, from the bottom up
 _HEADS = frozenset({"mlm", "contrastive", "matching", "classifier"})
 _INPUTS = frozenset({"patch", "class_token", "positions", "norm_pre", "embeddings", "latents"})
 LAYERS = frozenset({"blocks", "layers", "mixing"})
@@ -30,7 +30,7 @@ def depth_from_head(path: tuple[str, ...], config: ModelConfig, parts: frozenset
     stack = "vision" if path[0] == "vision_projection" else path[0]
     if stack in _HEADS or path[:2] == ("decoder", "head"):
         return np.asarray(0)
-    after = _JOINT[_JOINT.index(stack) + 1 :] if stack in _JOINT else _JOINT
+    after = _STACK_ORDER[_STACK_ORDER.index(stack) + 1 :] if stack in _STACK_ORDER else _STACK_ORDER
     num_layers: int = getattr(config, f"{stack}_layers")
     top = 1 + sum(getattr(config, f"{other}_layers") for other in after if other in parts)
     if path[1] in _INPUTS:

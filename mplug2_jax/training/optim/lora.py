@@ -63,9 +63,9 @@ def adapter_shapes(config: LoraConfig) -> Callable[[Path, Any], Adapter]:
     return make
 
 
-def adapter_axes(_: Path, names: tuple[str | None, ...]) -> Adapter:
+def adapter_axes(_: Path, logical_axes: tuple[str | None, ...]) -> Adapter:
     """Return an adapter's logical axes from its kernel's; the rank is not sharded."""
-    *layers, rows, columns = names
+    *layers, rows, columns = logical_axes
     return {"a": (*layers, rows, None), "b": (*layers, None, columns)}
 
 
@@ -112,4 +112,4 @@ def stored_adapter(path: Path, stored: Collection[Path]) -> dict[str, Path]:
     """Return the paths of a parameter's adapter among the stored ones; empty if it has none."""
     if path[-1] != "kernel":
         return {}
-    return {name: place for name in ("a", "b") if (place := (*path[:-1], LORA_KEY, name)) in stored}
+    return {name: adapter_path for name in ("a", "b") if (adapter_path := (*path[:-1], LORA_KEY, name)) in stored}

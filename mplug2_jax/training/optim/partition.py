@@ -19,15 +19,15 @@ def part_name(path: tuple[str, ...]) -> str:
     return "temporal" if path[:2] == ("vision", "blocks") and path[2].startswith("temporal_") else path[0]
 
 
-def partition(tree: Params, frozen: Collection[str], path: tuple[str, ...] = ()) -> tuple[Params, Params]:
-    """Split a tree of parameters (what is below ``path``) into trained and frozen ones, without empty branches.
+def partition(tree: Params, frozen: Collection[str]) -> tuple[Params, Params]:
+    """Split a tree of parameters into trained and frozen ones, without empty branches.
 
     LoRA's adapters in a frozen part are trained.
     """
     leaves = flatten_dict(tree)
-    is_frozen = {place: part_name((*path, *place)) in frozen and LORA_KEY not in place for place in leaves}
-    trained = unflatten_dict({place: leaf for place, leaf in leaves.items() if not is_frozen[place]})
-    return trained, unflatten_dict({place: leaf for place, leaf in leaves.items() if is_frozen[place]})
+    is_frozen = {path: part_name(path) in frozen and LORA_KEY not in path for path in leaves}
+    trained = unflatten_dict({path: leaf for path, leaf in leaves.items() if not is_frozen[path]})
+    return trained, unflatten_dict({path: leaf for path, leaf in leaves.items() if is_frozen[path]})
 
 
 def combine(first: Params, second: Params) -> Params:

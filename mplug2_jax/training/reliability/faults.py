@@ -76,8 +76,8 @@ class FaultDetector:
         self._events.log_event("update_skipped", step, metrics=list(non_finite))
         if len(self._skips) >= self._config.max_consecutive_skips:
             keys = "; ".join(
-                f"step {number}: {', '.join(example['key'] for example in found[:4])}{', ...' if found[4:] else ''}"
-                for number, found in self._skips[-3:]
+                f"step {skipped}: {', '.join(example['key'] for example in batch[:4])}{', ...' if batch[4:] else ''}"
+                for skipped, batch in self._skips[-3:]
             )
             raise UserError(
                 f"{len(self._skips)} updates in a row, steps {self._skips[0][0]} to {step}, were skipped because loss "
@@ -85,27 +85,29 @@ class FaultDetector:
                 "inspect the examples with mplug2 replay, or raise config.faults.max_consecutive_skips"
             )
 
-    def roll_back(self, step: int, to: DataPosition, now: DataPosition) -> DataPosition:
+    def roll_back(self, step: int, checkpoint_position: DataPosition, current_position: DataPosition) -> DataPosition:
         """Return where the run continues after a spike: at a checkpoint, with the data after the step that spiked.
 
         Args:
             step: that spiked.
-            to: the position of the checkpoint.
-            now: the position of the run, which knows of rollbacks since the checkpoint was saved.
+            checkpoint_position: of the checkpoint.
+            current_position: of the run, which knows of rollbacks since the checkpoint was saved.
 
         Raises:
             UserError: the run rolled back to this checkpoint too often.
         """
-        self._num_rollbacks[to.step] += 1
-        if self._num_rollbacks[to.step] > self._config.max_rollbacks:
+        to_step, recent = checkpoint_position.step, checkpoint_position.recent
+        self._num_rollbacks[to_step] += 1
+        if self._num_rollbacks[to_step] > self._config.max_rollbacks:
             raise UserError(
                 f"the loss of step {step} spiked, and the run rolled back {self._config.max_rollbacks} times to step "
-                f"{to.step}: lower the learning rate, or raise config.faults.spike_zscore"
+                f"{to_step}: lower the learning rate, or raise config.faults.spike_zscore"
             )
-        position = DataPosition(to.step, to.streams, now.offsets, to.recent).after_rollback(step)
-        self._recent = collections.deque(to.recent, maxlen=self._config.spike_window)
-        logging.warning("step %d: loss spike, rolling back to step %d and skipping the data in between", step, to.step)
-        self._events.log_event("rolled_back", step, to_step=to.step, data_offset=position.offsets[-1][1])
+        position = DataPosition(to_step, checkpoint_position.streams, current_position.offsets, recent)
+        position = position.after_rollback(step)
+        self._recent = collections.deque(recent, maxlen=self._config.spike_window)
+        logging.warning("step %d: loss spike, rolling back to step %d and skipping the data in between", step, to_step)
+        self._events.log_event("rolled_back", step, to_step=to_step, data_offset=position.offsets[-1][1])
         return position
 
     def close(self) -> None:

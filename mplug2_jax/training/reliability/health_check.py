@@ -42,8 +42,8 @@ def check_devices(mesh: Mesh) -> None:
     rows, columns = np.indices((_SIZE, _SIZE))
     matrix = ((rows * 7 + columns * 13) % 31 - 15).astype(jnp.bfloat16)  # an argument: constants are folded
     probe = jax.jit(jax.shard_map(_probe, mesh=row, in_specs=PartitionSpec(), out_specs=PartitionSpec(_AXIS)))
-    found = probe(jax.device_put(matrix, NamedSharding(row, PartitionSpec())))
-    local = {shard.device.id: np.asarray(shard.data)[0].tolist() for shard in found.addressable_shards}
+    output = probe(jax.device_put(matrix, NamedSharding(row, PartitionSpec())))
+    local = {shard.device.id: np.asarray(shard.data)[0].tolist() for shard in output.addressable_shards}
     results = {device: DeviceResult(*words) for device, words in allgather_dict(local).items()}
     if fault := find_fault([str(device) for device in devices], [results[device.id] for device in devices]):
         raise CorruptionError(f"before the first step, {fault}: remove the device, and start again")

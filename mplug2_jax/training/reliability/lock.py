@@ -52,9 +52,9 @@ class Holder:
     @classmethod
     def current(cls) -> "Holder":
         """Return this process as a holder."""
-        process = os.getpid()
-        started = start_ticks(process) or ""
-        return cls(uuid.uuid4().hex, socket.gethostname(), process, _machine_id(), started, _now(), _now())
+        pid = os.getpid()
+        process_start_ticks = start_ticks(pid) or ""
+        return cls(uuid.uuid4().hex, socket.gethostname(), pid, _machine_id(), process_start_ticks, _now(), _now())
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host} (since {self.since}, last renewed {self.time})"
@@ -156,16 +156,16 @@ class WorkDirLock:
     def _take_over(self) -> None:
         """Wait until the holder proves to be alive, which is an error, or dead."""
         first_read, holder = _read(self._path)
-        since, announced = time.monotonic(), False
+        wait_start, is_logged = time.monotonic(), False
         while holder is None or not holder.is_dead():
-            if time.monotonic() - since >= self._stale_seconds:
+            if time.monotonic() - wait_start >= self._stale_seconds:
                 break
-            if not announced and holder is not None:
+            if not is_logged and holder is not None:
                 logging.warning(
                     "%s is held by %s; waiting up to %g s to see whether that process is alive",
                     self._path, holder, self._stale_seconds,
                 )  # fmt: skip
-                announced = True
+                is_logged = True
             time.sleep(min(0.2, self._renew_seconds / 4))
             data, renewed = _read(self._path)
             if not data and self._create():

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 
-def start_ticks(process: int) -> str | None:
+def start_ticks(pid: int) -> str | None:
     """Return when a live process was started, in the system's ticks since it booted; None if there is none."""
     with contextlib.suppress(OSError, IndexError):
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]
     return None
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.forward import Metrics
-from mplug2_jax.training.checkpoint.checksums import checksums, leaves_by_name, mismatched
+from mplug2_jax.training.checkpoint.checksums import checksums, find_mismatches, leaves_by_name
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
 from mplug2_jax.training.step import StreamBatches, TrainStep, make_train_step
 
@@ -25,12 +25,12 @@ class SdcCheck:
 
     Args:
         spec: the run.
-        run_step: the step function.
+        train_step: the step function.
         every: steps; 0 for never.
     """
 
-    def __init__(self, spec: RunSpec, run_step: TrainStep, every: int) -> None:
-        self._spec, self._run_step, self._every = spec, run_step, every
+    def __init__(self, spec: RunSpec, train_step: TrainStep, every: int) -> None:
+        self._spec, self._train_step, self._every = spec, train_step, every
         self._rotated: tuple[RunSpec, TrainStep] | None = None
 
     def is_due(self, step: int) -> bool:
@@ -44,15 +44,15 @@ class SdcCheck:
             CorruptionError: names the devices whose results differ.
         """
         if not self.is_due(step):
-            return self._run_step(state, batches)
-        spec, run_rotated = self._rotated_run()
+            return self._train_step(state, batches)
+        spec, rotated_step = self._rotated_run()
         copy = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, spec.shardings)
         moved = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(spec.mesh, x.sharding.spec)), batches)
         # Two programs with collectives must not run at once on the same devices, be it the previous step or this one.
         jax.block_until_ready((copy, moved))
-        second, _ = run_rotated(copy, moved)
+        second, _ = rotated_step(copy, moved)
         jax.block_until_ready(second)
-        first, metrics = self._run_step(state, batches)
+        first, metrics = self._train_step(state, batches)
         check_same_bits(step, first, second)
         return first, metrics
 
@@ -61,7 +61,7 @@ class SdcCheck:
         if self._rotated is None:
             mesh = rotate_devices(self._spec.mesh)
             if mesh == self._spec.mesh:
-                self._rotated = self._spec, self._run_step
+                self._rotated = self._spec, self._train_step
             else:
                 spec = make_run_spec(self._spec.config, self._spec.context.tokens, mesh)
                 self._rotated = dataclasses.replace(spec, context=self._spec.context), make_train_step(spec)
@@ -85,7 +85,7 @@ def check_same_bits(step: int, first: TrainState, second: TrainState) -> None:
     Raises:
         CorruptionError: names the arrays that differ and the devices that computed them.
     """
-    names = mismatched(checksums(first), checksums(second))
+    names = find_mismatches(checksums(first), checksums(second))
     if not names:
         return
     pairs = _mismatched_devices(first, second, names)

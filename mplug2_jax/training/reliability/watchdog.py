@@ -141,10 +141,10 @@ class Watchdog:
     def _read_other_phases(self) -> dict[int, str]:
         """Return the phases other than steps that other processes have been in for more than ten seconds."""
         try:
-            found = client.key_value_dir_get(_PHASES_KEY) if (client := _client()) else []
+            entries = client.key_value_dir_get(_PHASES_KEY) if (client := _client()) else []
         except RuntimeError:
             return {}
-        phases = {int(key.rpartition("/")[2]): phase for key, phase in found if phase}
+        phases = {int(key.rpartition("/")[2]): phase for key, phase in entries if phase}
         return {process: phase for process, phase in phases.items() if process != console.process_index()}
 
     def _end_process(self, message: str) -> None:

@@ -38,7 +38,8 @@ class HostMonitor:
         self._lines = StepJsonl(path, start_step) if is_primary_process() else None
         self._unread: collections.deque[int] = collections.deque()
         self._waited = 0.0
-        self.shares: tuple[list[str], dict[str, list[float]]] = ([], {})  # names of the last line, columns by cause
+        # Of the last line: the hosts' names, and columns by cause.
+        self.host_fractions: tuple[list[str], dict[str, list[float]]] = ([], {})
         self.slow_host = ""  # the slowest host of the last table, for the log; empty if none matters
 
     @contextlib.contextmanager
@@ -69,9 +70,9 @@ class HostMonitor:
             Metrics of all hosts at an earlier line, on process 0; empty on others, and with one process.
         """
         total = max(data_seconds + step_seconds, 1e-9)
-        own = max(step_seconds - self._waited, 0.0)
+        busy = max(step_seconds - self._waited, 0.0)
         self._waited = 0.0
-        row = [round(value, 3) for value in (data_seconds / total, own / total, memory_in_use())]
+        row = [round(value, 3) for value in (data_seconds / total, busy / total, memory_in_use())]
         metrics: dict[str, float] = {}
         for line, rows in self._exchange(step, json.dumps([socket.gethostname(), *row])):
             metrics = self._observe(line, rows)
@@ -91,28 +92,28 @@ class HostMonitor:
             self._unread.append(step)
             while self._unread:
                 folder = f"{_KEY}/{self._unread[0]}"
-                found = client.key_value_dir_get(folder)
-                if len(found) < count and len(self._unread) < _MAX_UNREAD:
+                entries = client.key_value_dir_get(folder)
+                if len(entries) < count and len(self._unread) < _MAX_UNREAD:
                     return
                 client.key_value_delete(folder)
                 line = self._unread.popleft()
-                if len(found) == count:
-                    yield line, [value for _, value in sorted(found)]
+                if len(entries) == count:
+                    yield line, [value for _, value in sorted(entries)]
 
     def _observe(self, step: int, rows: list[str]) -> dict[str, float]:
         names, *columns = (list(column) for column in zip(*map(json.loads, rows), strict=True))
-        self.shares = (names, dict(zip(CAUSES, columns, strict=True)))
+        self.host_fractions = (names, dict(zip(CAUSES, columns, strict=True)))
         if self._lines is not None:
-            self._lines.write(step, {"names": names, "shares": self.shares[1]})
+            self._lines.write(step, {"names": names, "shares": self.host_fractions[1]})
         if len(rows) == 1:
             return {}
         table = np.array(columns, np.float64).T
-        found = find_slow_host(table)
-        self.slow_host = f"process {found.process} ({names[found.process]}) {found}" if found else ""
-        if self._rule.observe(found, time.monotonic()) and found:
+        slow_host = find_slow_host(table)
+        self.slow_host = f"process {slow_host.process} ({names[slow_host.process]}) {slow_host}" if slow_host else ""
+        if self._rule.observe(slow_host, time.monotonic()) and slow_host:
             reason = f"for {EVENT_SECONDS / 60:g} minutes, {self.slow_host}"
             logging.warning("slow host: %s", reason)
-            self._events.log_event("slow_host", step, process=found.process, cause=found.cause, reason=reason)
+            self._events.log_event("slow_host", step, process=slow_host.process, cause=slow_host.cause, reason=reason)
         return summarize(table)
 
     def rewind(self, step: int) -> None:

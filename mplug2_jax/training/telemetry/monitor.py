@@ -35,7 +35,8 @@ _MIN_LOGGED_SECONDS = 0.1
 class TrainMonitor:
     """Metrics, goodput, profiler and fault detector. Steps are handed in when dispatched, and read once finished.
 
-    All processes have one and decide alike; process 0 writes. Only the rows of faulty steps differ between processes.
+    All processes have one and take the same decisions; process 0 writes. Only the rows of faulty steps differ between
+    processes.
 
     Args:
         spec: the run.
@@ -72,22 +73,22 @@ class TrainMonitor:
         sources = RunSources(config.name, self._meter, self.goodput, self._events, self.hosts, self.metrics)
         return MetricsServer(sources, config.metrics_address, config.metrics_port)
 
-    def compile(self, run_step: TrainStep, step: int, state: TrainState, batches: StreamBatches) -> None:
+    def compile(self, train_step: TrainStep, step: int, state: TrainState, batches: StreamBatches) -> None:
         """Compile the step function before its first call with batches of a size; log the time and memory it needs."""
         sizes = dict(batch_sizes(batches))
         with self.goodput.track("compile"):
             examples = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
             logging.info("step %d: compiling the train step for batches of %s examples", step, examples)
             start = time.perf_counter()
-            traced = run_step.trace(state, batches)
+            traced = train_step.trace(state, batches)
             with ThreadPoolExecutor(1) as executor:  # XLA compiles without the GIL
                 counting = executor.submit(self._meter.count_step, traced.jaxpr, batches)
-                memory = run_step.compile(traced, batches)
+                memory = train_step.compile(traced, batches)
                 counting.result()
             seconds = time.perf_counter() - start
         message = f"compiled in {seconds:.1f} s"
-        if run_step.cache_miss_reason is not None:
-            reason = run_step.cache_miss_reason
+        if train_step.cache_miss_reason is not None:
+            reason = train_step.cache_miss_reason
             message += f"; the AOT program was not used: {reason}" if reason else ", loaded from the AOT program"
         if memory:
             temp = memory["temp"]

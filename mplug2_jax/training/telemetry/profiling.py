@@ -29,7 +29,7 @@ class Profiler:
         self._folder, self._request = workdir / "profiles", workdir / "profile"
         self._config, self._events = config, events
         self._last_step: int | None = None  # of the trace that is being recorded
-        self._next_poll = 0.0  # when a bucket is asked for a request, on the monotonic clock
+        self._next_poll = 0.0  # when a bucket is polled for a request, on the monotonic clock
         self._target: Path | None = None
         self._local: str | None = None  # where it is recorded, if not there
 
@@ -51,7 +51,7 @@ class Profiler:
             self._last_step = step + self._config.num_steps - 1
 
     def _is_requested(self) -> bool:
-        """Return whether there is a request, and remove it. A bucket is asked seldom and once: steps must not wait."""
+        """Return whether there is a request, and remove it. A bucket is polled rarely and once: steps must not wait."""
         if not isinstance(self._request, RemotePath):
             is_requested = self._request.exists()
             self._request.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ _SOCKET_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunSources:
-    """Where the measurements of a run are. Reading them touches no device and waits for nobody."""
+    """The objects that hold a run's measurements. Reading them uses no device and waits for no other process."""
 
     name: str
     meter: ThroughputMeter
@@ -69,7 +69,7 @@ class RunSources:
             yield metric
 
     def _collect_run_metrics(self) -> Iterator[Metric]:
-        run = {"name": _valid(self.name), "version": __version__}
+        run = {"name": _to_utf8(self.name), "version": __version__}
         yield InfoMetricFamily("mplug2_run", "The run and the version of mplug2_jax", run)
         yield GaugeMetricFamily("mplug2_step", "Last finished step", self.meter.step)
         if self.meter.step_time:
@@ -102,12 +102,12 @@ class RunSources:
             yield GaugeMetricFamily(
                 "mplug2_checkpoint_timestamp_seconds", "When it was complete, in Unix time", saved["time"]
             )
-        hosts, columns = self.hosts.shares
+        hosts, columns = self.hosts.host_fractions
         for cause, column in columns.items():
             name, text = _HOST_METRICS[cause]
             metric = GaugeMetricFamily(f"mplug2_host_{name}_ratio", text, labels=("process", "host"))
             for process, (host, value) in enumerate(zip(hosts, column, strict=True)):
-                metric.add_metric((str(process), _valid(host)), value)
+                metric.add_metric((str(process), _to_utf8(host)), value)
             yield metric
 
 
@@ -122,7 +122,7 @@ def to_series(logged: str) -> tuple[str, dict[str, str]]:
     """
     for pattern, template in _LABELED:
         if match := re.fullmatch(pattern, logged, re.DOTALL):
-            labels = {name: _valid(value) for name, value in match.groupdict().items()}
+            labels = {name: _to_utf8(value) for name, value in match.groupdict().items()}
             name = template.format(match[0], match[1], metric=labels.pop("metric", ""))
             break
     else:
@@ -130,8 +130,8 @@ def to_series(logged: str) -> tuple[str, dict[str, str]]:
     return f"mplug2_{re.sub(r'[^a-zA-Z0-9]', '_', name)}", labels
 
 
-def _valid(text: str) -> str:
-    """Return a label without what cannot be written as UTF-8, as the bytes of a command line that is no text."""
+def _to_utf8(text: str) -> str:
+    """Return a label with "?" for what UTF-8 cannot encode, such as bytes of a command line that are not text."""
     return text.encode(errors="replace").decode()
 
 
@@ -140,14 +140,14 @@ def _labeled_counter(
 ) -> Metric:
     metric = CounterMetricFamily(name, documentation, labels=(label,))
     for key, value in dict(values).items():
-        metric.add_metric((_valid(key),), value)
+        metric.add_metric((_to_utf8(key),), value)
     return metric
 
 
 class MetricsServer:
     """A server in daemon threads, which answers ``GET /metrics`` and nothing else.
 
-    A port that cannot be used costs a warning, and nobody waits for those who read.
+    If the port cannot be used, a warning is logged and nothing is served. The run never waits for a client.
 
     Args:
         sources: of the measurements.

@@ -42,10 +42,10 @@ class SlowHost:
     process: int
     cause: Cause
     share: float  # as described at CAUSES
-    others: float  # the median of the other processes
+    median_of_others: float  # that of the other processes
 
     def __str__(self) -> str:
-        return f"{_DESCRIPTIONS[self.cause].format(self.share)}, the others {self.others:.0%}"
+        return f"{_DESCRIPTIONS[self.cause].format(self.share)}, the others {self.median_of_others:.0%}"
 
 
 def find_slow_host(table: HostTable) -> SlowHost | None:
@@ -54,19 +54,19 @@ def find_slow_host(table: HostTable) -> SlowHost | None:
     if count < 2:
         return None
     indices = np.nonzero(~np.eye(count, dtype=bool))[1].reshape(count, count - 1)  # of the others, for each host
-    others = np.median(table[indices], axis=1)
-    own = table[:, _DATA] + table[:, _STEP]
-    lost = own - np.median(own[indices], axis=1)
-    excess = table - others
+    median_of_others = np.median(table[indices], axis=1)
+    busy = table[:, _DATA] + table[:, _STEP]
+    excess_busy = busy - np.median(busy[indices], axis=1)
+    excess = table - median_of_others
     is_full = (table[:, _MEMORY] >= FULL_MEMORY) & (excess[:, _MEMORY] >= MIN_EXCESS)
-    process = int(lost.argmax())
-    if lost[process] < MIN_EXCESS:
+    process = int(excess_busy.argmax())
+    if excess_busy[process] < MIN_EXCESS:
         if not is_full.any():
             return None
         process = int(np.where(is_full, excess[:, _MEMORY], -1).argmax())
     # A host without free memory is slow in everything that it does.
     column = _MEMORY if is_full[process] else int(excess[process, :_MEMORY].argmax())
-    return SlowHost(process, CAUSES[column], float(table[process, column]), float(others[process, column]))
+    return SlowHost(process, CAUSES[column], float(table[process, column]), float(median_of_others[process, column]))
 
 
 class SlowHostRule:
@@ -77,9 +77,10 @@ class SlowHostRule:
         self._since = 0.0
         self._reported = False
 
-    def observe(self, found: SlowHost | None, now: float) -> bool:
+    def observe(self, slow_host: SlowHost | None, now: float) -> bool:
         """Return whether the slowest host of a new table is an event; ``now`` in seconds."""
-        process = found.process if found and found.share >= EVENT_FACTOR * found.others else None
+        is_slow = slow_host is not None and slow_host.share >= EVENT_FACTOR * slow_host.median_of_others
+        process = slow_host.process if slow_host is not None and is_slow else None
         if process != self._process:
             self._process, self._since, self._reported = process, now, False
         is_event = process is not None and not self._reported and now - self._since >= EVENT_SECONDS

@@ -65,7 +65,7 @@ def count_traced_step_flops(spec: RunSpec, jaxpr: Any) -> collections.Counter[st
     if not uses_xla or model.remat != RematConfig() or sizes["sequence"] > 1:
         return None
     flops = count_jaxpr_flops(jaxpr, trip_count=_max_sampling_steps(spec.config.streams))
-    del flops["optimizer"], flops[GATHER_SCOPE]  # Muon's products are no part of the gradient
+    del flops["optimizer"], flops[GATHER_SCOPE]  # Muon's products are not part of the gradient
     return flops
 
 

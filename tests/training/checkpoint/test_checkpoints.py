@@ -17,7 +17,7 @@ from mplug2_jax.objectives.queue import init_queue
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, DamagedCheckpointError
-from mplug2_jax.training.checkpoint.metadata import FORMAT, DataPosition
+from mplug2_jax.training.checkpoint.metadata import FORMAT_VERSION, DataPosition
 from mplug2_jax.training.config import CheckpointConfig
 
 
@@ -127,9 +127,11 @@ def test_another_model_names_the_missing_array(folder: Path) -> None:
 
 def test_a_newer_format_is_refused(folder: Path) -> None:
     path = folder / "3" / "meta" / "metadata"
-    meta = json.loads(path.read_text()) | {"format": FORMAT + 1}
+    meta = json.loads(path.read_text()) | {"format": FORMAT_VERSION + 1}
     path.write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=f"has format {FORMAT + 1}, but this version reads up to {FORMAT}"):
+    with pytest.raises(
+        UserError, match=f"has format {FORMAT_VERSION + 1}, but this version reads up to {FORMAT_VERSION}"
+    ):
         reader(folder).restore(state_specs())
 
 

@@ -291,6 +291,6 @@ def test_the_summary_names_adapters() -> None:
     spec = make_spec(mlm_run(lora=TEXT))
     frozen, adapters = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (spec.model_def.shapes["text"], partition(spec.shapes["params"]["text"], ("text",), ("text",))[0])
+        for tree in (spec.model_def.shapes["text"], partition(spec.shapes["params"], ("text",))[0]["text"])
     )
     assert describe(spec)[0].endswith(f"; {frozen:,} frozen (text); LoRA adds {adapters:,} (text)")

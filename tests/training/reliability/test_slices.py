@@ -132,7 +132,7 @@ def test_only_a_change_of_micro_batches_by_slices_is_forced(tmp_path: Path) -> N
     slices = Slices(tmp_path, Host.detect(local(0, slices=4, hosts=1)), "a", 2, 1)
     config = text_run(grad_accum_steps=2)
     previous = [dataclasses.replace(config, grad_accum_steps=steps) for steps in (1, 2, 4, 8)]
-    assert [slices.scales_to(config, each) for each in previous] == [False, True, True, False]
+    assert [slices.matches_scaled_accum_steps(config, each) for each in previous] == [False, True, True, False]
 
 
 def test_pods_of_gke_get_the_variables_of_the_members(tmp_path: Path) -> None:

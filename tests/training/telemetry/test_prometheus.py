@@ -143,7 +143,9 @@ def test_ports_and_addresses_are_checked() -> None:
     for port in (-1, 65536):
         with pytest.raises(UserError, match=f"config.metrics_port={port} must be between 0 and 65535"):
             text_run(metrics_port=port)
-    with pytest.raises(UserError, match=r"config.metrics_address='localhost' is no IP address: 127.0.0.1 serves this"):
+    with pytest.raises(
+        UserError, match=r"config.metrics_address='localhost' is not an IP address: 127.0.0.1 serves this"
+    ):
         text_run(metrics_address="localhost")
     assert RunConfig.metrics_port == 0
 

@@ -38,7 +38,9 @@ def test_the_slowest_host_is_named_with_its_cause(num_hosts: int, row: tuple[flo
     assert found is not None
     assert (found.process, found.cause) == (1, cause)
     assert found.share == row[["data", "step", "memory"].index(cause)]
-    assert found.others == pytest.approx(0.31 if cause == "memory" else 0.02 if cause == "data" else 0.06, abs=0.015)
+    assert found.median_of_others == pytest.approx(
+        0.31 if cause == "memory" else 0.02 if cause == "data" else 0.06, abs=0.015
+    )
 
 
 def test_of_two_slow_hosts_the_slower_is_named() -> None:
