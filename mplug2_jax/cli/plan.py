@@ -146,7 +146,7 @@ def _run_search(args: argparse.Namespace, config: "RunConfig", topology: "Topolo
     trials = search(config, topology, seconds=60 * args.minutes, effort=args.effort, cache_dir=cache_dir)
     rows = [
         (
-            str(t.candidate) + (" *" if not t.candidate.overrides else ""), t.time, f"{t.memory_bytes / 2**30:.2f}",
+            str(t.candidate) + (" *" if not t.candidate.overrides else ""), t.outcome, f"{t.memory_bytes / 2**30:.2f}",
             f"{t.recompute_overhead:.1%}", f"{t.exposed_fraction:.1%}", f"{t.compile_seconds:.0f}",
         )
         for t in trials
