@@ -21,13 +21,13 @@ LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 _OPTIONS = {"--config.optimizer.learning_rate": "--learning-rates", "--config.seed": "--seeds"}
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the commands."""
-    group = add_group(
-        commands, "demo", summary="Measure at the demo's scale what pretraining is worth", example="mplug2 demo tasks"
+    subcommands = add_group(
+        subparsers, "demo", summary="Measure at the demo's scale what pretraining is worth", example="mplug2 demo tasks"
     )
     tasks = add_command(
-        group, "tasks", run_tasks, config=True,
+        subcommands, "tasks", run_tasks, accepts_overrides=True,
         summary="Train each task of DigitWorld from scratch and from the demo's model, and compare",
         details="Both get the same steps, data and search of the learning rate; each row is a mean over seeds, with "
         "the 95% CI of the difference. Pretrains the model first if necessary, reads finished runs and resumes "
@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
         help="rates to choose from (default: %(default)s)",
     )  # fmt: skip
     scaling = add_command(
-        group, "scaling", run_scaling, config=True,
+        subcommands, "scaling", run_scaling, accepts_overrides=True,
         summary="Pretrain in three widths and three lengths, and fit the losses to the compute",
         details="Width 1 is demo:long. Plots every loss and every held-out metric. Reads finished runs and resumes "
         "interrupted ones. Takes one to two hours on two CPU cores.",
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     _add_outputs(scaling, "scaling")
     ablation = add_command(
-        group, "ablation", run_ablation, config=True,
+        subcommands, "ablation", run_ablation, accepts_overrides=True,
         summary="Pretrain without universal layers, temporal units or a stream, and compare with the full model",
         details="Each row is a mean over seeds, with the 95% CI of the difference between models of the same seed. "
         "The full model is demo:long with fewer steps. Reads finished runs and resumes interrupted ones. Takes about "

@@ -238,7 +238,7 @@ def _try(candidate: Candidate, topology: Topology, effort: float, cache_dir: Pat
         return cached
     try:
         compiled = try_compile(program, effort)
-    except jax.errors.JaxRuntimeError as error:  # the search goes on with other layouts
+    except jax.errors.JaxRuntimeError as error:  # the search continues with other layouts
         return Trial(candidate, f"does not compile: {str(error).splitlines()[0][:80]}")
     if isinstance(compiled, CompiledProgram):
         report = make_report(compiled, candidate.config)
