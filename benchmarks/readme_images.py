@@ -30,8 +30,8 @@ LOSSES = {
 }  # fmt: skip
 SCORES = {
     name: METRICS[name][0]
-    for name in ("image_caption", "image_question", "image_retrieval", "video_caption", "video_question", "video_retrieval",
-                 "masked_words")
+    for name in ("image_caption", "image_question", "image_retrieval", "video_caption", "video_question",
+                 "video_retrieval", "masked_words")
 }  # fmt: skip
 SAMPLES = ("image_caption", "image_question", "video_caption", "video_question")
 MODEL_COLOR, BASELINE_COLOR = "#2563ab", "#c9ced6"

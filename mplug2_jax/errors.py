@@ -13,7 +13,7 @@ UNAVAILABLE = 69
 STALLED = 79
 """Exit status: the watchdog ended a stalled run; restart to continue."""
 OUTPUT_CLOSED = 141
-"""Exit status (128 + SIGPIPE): who reads the output has gone."""
+"""Exit status (128 + SIGPIPE): the reader closed stdout."""
 
 
 class UserError(Exception):

@@ -20,44 +20,44 @@ if TYPE_CHECKING:
     from mplug2_jax.training.state import RunSpec
 
 
-def add_group(commands: Any, name: str, *, summary: str, details: str = "", example: str) -> Any:
+def add_group(subparsers: Any, name: str, *, summary: str, details: str = "", example: str) -> Any:
     """Add a command that only has sub-commands, and return the object that takes those."""
-    return _add_parser(commands, name, summary, details, example).add_subparsers(
+    return _add_parser(subparsers, name, summary, details, example).add_subparsers(
         dest="subcommand", required=True, metavar="COMMAND"
     )
 
 
 def add_command(
-    commands: Any,
+    subparsers: Any,
     name: str,
     run: Callable[[argparse.Namespace], int],
     *,
     summary: str,
     details: str = "",
     example: str,
-    config: bool = False,
+    accepts_overrides: bool = False,
 ) -> argparse.ArgumentParser:
     """Add a command, and return its parser.
 
     Args:
-        commands: the sub-parsers to add it to.
+        subparsers: the sub-parsers to add it to.
         name: of the command.
         run: runs the command and returns its exit status.
         summary: a few words for lists of commands and the first line of its help.
         details: the other lines of its help.
         example: a command line that works.
-        config: accept ``--config.field=value``.
+        accepts_overrides: whether it accepts ``--config.field=value``.
     """
-    parser = _add_parser(commands, name, summary, details, example)
+    parser = _add_parser(subparsers, name, summary, details, example)
     parser.set_defaults(run=run)
-    if config:
+    if accepts_overrides:
         parser.set_defaults(overrides=[])
     return parser
 
 
-def _add_parser(commands: Any, name: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:
+def _add_parser(subparsers: Any, name: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:
     paragraphs = (textwrap.fill(line, 100) for line in details.splitlines())
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=summary,
         description="\n".join([f"{summary}.", *([""] if details else []), *paragraphs]),
@@ -130,15 +130,15 @@ _DEFAULT_PROMPTS = {"vlc": "which text belongs to this {}?", "mlm": "which words
 _DEFAULT_PROMPTS["rerank"] = _DEFAULT_PROMPTS["vlc"]
 
 
-def sample_lines(results: "Sequence[EvaluationResult]", folder: Path, most: int = 4) -> str:
-    """Return the first held-out example of up to ``most`` evaluations: its image, prediction and reference.
+def sample_lines(results: "Sequence[EvaluationResult]", folder: Path, limit: int = 4) -> str:
+    """Return the first held-out example of up to ``limit`` evaluations: its image, prediction and reference.
 
     Evaluations with images come first; examples are not chosen by how well the model does. ``folder`` holds the saved
     results.
     """
     firsts = [(result, result.samples[0]) for result in results if result.samples]
     lines = []
-    for result, sample in sorted(firsts, key=lambda pair: "frames" not in pair[1].example.arrays)[:most]:
+    for result, sample in sorted(firsts, key=lambda pair: "frames" not in pair[1].example.arrays)[:limit]:
         frames = sample.example.arrays.get("frames", ())
         medium = "video" if len(frames) > 1 else "image"
         prompt = sample.example.instruction or _DEFAULT_PROMPTS.get(result.task, result.task).format(medium)

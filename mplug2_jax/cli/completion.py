@@ -8,16 +8,16 @@ from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
 from mplug2_jax.cli.parsing import output_path
 
-RECIPES = {"config", "recipe", "spec", "task"}
+RECIPES = {"config", "recipe", "spec"}
 """Arguments that take a recipe."""
 PATHS = {"inputs", "workdir"}
 """Arguments that take a path as text, because it may be a URL."""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "completion", run,
+        subparsers, "completion", run,
         summary="Print a shell completion script",
         details="To install it:\n"
         "  bash: mplug2 completion bash > ~/.mplug2.bash && echo '. ~/.mplug2.bash' >> ~/.bashrc\n"

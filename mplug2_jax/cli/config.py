@@ -6,10 +6,10 @@ from typing import Any
 from mplug2_jax.cli.common import add_command
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "config", run, config=True,
+        subparsers, "config", run, accepts_overrides=True,
         summary="Print every field of a recipe, its meaning and type",
         details="Overrides are applied and checked as in mplug2 train. --only selects the fields whose name or meaning "
         "contains a word. Fields of steps take durations: 5%, \"1.5M examples\", \"3 epochs of text\".",

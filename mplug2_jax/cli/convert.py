@@ -13,10 +13,10 @@ from mplug2_jax.cli.common import add_command, add_group, table
 from mplug2_jax.cli.parsing import check_output, output_path
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command with its sub-commands."""
     subcommands = add_group(
-        commands, "convert",
+        subparsers, "convert",
         summary="Convert weights from and to PyTorch, and verify them",
         example="mplug2 convert import ViT-L-14.pt bert-large-uncased/ --to runs/start",
     )  # fmt: skip

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from mplug2_jax.recipes.corpora import Corpus
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "corpora", run,
+        subparsers, "corpora", run,
         summary="List the public corpora of pretraining, and whether they are present",
         details="--config pretrain:large,paper reads them. Data is searched in $MPLUG2_DATA, or ./data. With a name: "
         "what the corpus is, its licence, the commands that fetch it, and what is missing.",

@@ -10,17 +10,17 @@ from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command with its sub-commands."""
-    kinds = add_group(
-        commands, "data",
+    subcommands = add_group(
+        subparsers, "data",
         summary="Inspect, validate and convert data; train tokenizers",
         example="mplug2 data show demo --stream video_text --step 7",
     )  # fmt: skip
-    data_files.add_parsers(kinds)
-    data_preparation.add_parsers(kinds)
+    data_files.add_parsers(subcommands)
+    data_preparation.add_parsers(subcommands)
     tokenizer = add_command(
-        kinds, "tokenizer", run_tokenizer,
+        subcommands, "tokenizer", run_tokenizer,
         summary="Train a WordPiece or SentencePiece tokenizer",
         details="Trains on lines of text, or on DigitWorld's texts.",
         example="mplug2 data tokenizer --kind sentencepiece --vocab-size 120 --out runs/pieces",
@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
     )
     tokenizer.add_argument("--out", type=output_path, required=True, metavar="DIR", help="new folder for the tokenizer")
     sample = add_command(
-        kinds, "sample", run_sample,
+        subcommands, "sample", run_sample,
         summary="Write held-out DigitWorld images or videos as files, and print their annotations",
         example="mplug2 data sample --kind video --count 2 --out runs/samples",
     )  # fmt: skip

@@ -34,10 +34,10 @@ FORMAT_VERSION = 2
 """Of the output of ``validate --json``. Version 1 had no ``format_version``."""
 
 
-def add_parsers(kinds: Any) -> None:
+def add_parsers(subparsers: Any) -> None:
     """Add the sub-commands."""
     show = add_command(
-        kinds, "show", run_show, config=True,
+        subparsers, "show", run_show, accepts_overrides=True,
         summary="Write the batch that a step of a recipe trains on as a contact sheet",
         details="The sheet is an image and a page.",
         example="mplug2 data show demo --stream video_text --step 7 --out runs/sheets",
@@ -47,7 +47,7 @@ def add_parsers(kinds: Any) -> None:
     show.add_argument("--step", type=int, default=1, help="number of the step, from 1 (default: %(default)s)")
     show.add_argument("--out", type=output_path, default=Path(), metavar="DIR", help="output folder (default: here)")
     check = add_command(
-        kinds, "validate", run_validate, config=True,
+        subparsers, "validate", run_validate, accepts_overrides=True,
         summary="Read data as training does, and report unusable records",
         details="The last line is the result. Exit status 1: more unusable records than --max-bad-fraction.",
         example="mplug2 data validate 'webdataset:shards/{00000..00127}.tar' --kind image",
@@ -62,7 +62,7 @@ def add_parsers(kinds: Any) -> None:
     check.add_argument("--out", type=output_path, metavar="DIR", help="with --worker: folder for what workers find")
     add_worker(check)
     summary = add_command(
-        kinds, "summary", run_summary,
+        subparsers, "summary", run_summary,
         summary="Join what the workers of data convert, chunk or validate wrote into a folder",
         details="The last line is the result. Exit status 1: a file is missing, records were skipped, or more of a "
         "validated source is unusable than --max-bad-fraction.",
@@ -92,8 +92,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the options of a source given as FORMAT:PATH; a recipe sets its own."""
     parser.add_argument("--kind", choices=("image", "video", "text"), default="image", help="(default: %(default)s)")
     parser.add_argument(
-        "--media", default="", metavar="DIR", help="folder of the media of annotations (default: that of the file)"
-    )
+        "--media", default="", metavar="DIR",
+        help="folder of the media of annotations (default: the annotation file's folder)",
+    )  # fmt: skip
     parser.add_argument("--split", default="", help="split to read, where the files name splits")
     parser.add_argument("--max-records", type=int, help="read only the first records")
     parser.add_argument(

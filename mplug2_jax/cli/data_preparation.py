@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from data_pipelines.record import Record, Source
 
 
-def add_parsers(kinds: Any) -> None:
+def add_parsers(subparsers: Any) -> None:
     """Add the sub-commands."""
     index = add_command(
-        kinds, "index", run_index,
+        subparsers, "index", run_index,
         summary="Index WebDataset tars once, for all hosts and runs",
         details="Scans tars that are new or changed, and merges all indexes into one file that opens in seconds. Run "
         "it again to resume, or after changes.",
@@ -36,7 +36,7 @@ def add_parsers(kinds: Any) -> None:
     _add_threads(index, 8, "tars scanned at a time")
     add_worker(index)
     convert = add_command(
-        kinds, "convert", run_convert,
+        subparsers, "convert", run_convert,
         summary="Convert any source to ArrayRecord shards",
         details="Run it again to resume an interrupted conversion.",
         example="mplug2 data convert webdataset:shards --kind image --shards 64 --out records",
@@ -48,7 +48,7 @@ def add_parsers(kinds: Any) -> None:
     _add_threads(convert, 2, "files written at a time")
     add_worker(convert)
     chunk = add_command(
-        kinds, "chunk", run_chunk,
+        subparsers, "chunk", run_chunk,
         summary="Cut text files into records of a fixed number of tokens",
         details="The records are for a text stream.",
         example="mplug2 data chunk wiki.txt --tokenizer vocab.txt --length 512 --out wiki.array_record",

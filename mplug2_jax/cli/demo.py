@@ -21,13 +21,13 @@ LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 _OPTIONS = {"--config.optimizer.learning_rate": "--learning-rates", "--config.seed": "--seeds"}
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the commands."""
-    group = add_group(
-        commands, "demo", summary="Measure at the demo's scale what pretraining is worth", example="mplug2 demo tasks"
+    subcommands = add_group(
+        subparsers, "demo", summary="Measure at the demo's scale what pretraining is worth", example="mplug2 demo tasks"
     )
     tasks = add_command(
-        group, "tasks", run_tasks, config=True,
+        subcommands, "tasks", run_tasks, accepts_overrides=True,
         summary="Train each task of DigitWorld from scratch and from the demo's model, and compare",
         details="Both get the same steps, data and search of the learning rate; each row is a mean over seeds, with "
         "the 95% CI of the difference. Pretrains the model first if necessary, reads finished runs and resumes "
@@ -47,15 +47,15 @@ def add_parser(commands: Any) -> None:
         help="rates to choose from (default: %(default)s)",
     )  # fmt: skip
     scaling = add_command(
-        group, "scaling", run_scaling, config=True,
+        subcommands, "scaling", run_scaling, accepts_overrides=True,
         summary="Pretrain in three widths and three lengths, and fit the losses to the compute",
-        details="Width 1 is demo:long. Draws every loss and every held-out metric. Reads finished runs and resumes "
+        details="Width 1 is demo:long. Plots every loss and every held-out metric. Reads finished runs and resumes "
         "interrupted ones. Takes one to two hours on two CPU cores.",
         example="mplug2 demo scaling --png scaling.png",
     )  # fmt: skip
     _add_outputs(scaling, "scaling")
     ablation = add_command(
-        group, "ablation", run_ablation, config=True,
+        subcommands, "ablation", run_ablation, accepts_overrides=True,
         summary="Pretrain without universal layers, temporal units or a stream, and compare with the full model",
         details="Each row is a mean over seeds, with the 95% CI of the difference between models of the same seed. "
         "The full model is demo:long with fewer steps. Reads finished runs and resumes interrupted ones. Takes about "
@@ -74,7 +74,7 @@ def _add_outputs(parser: argparse.ArgumentParser, name: str) -> None:
         "--workdir", type=output_path, default=Path("runs") / name, help="folder of the runs (default: %(default)s)"
     )
     parser.add_argument(
-        "--png", type=output_path, help=f"new file for the drawing (default: {name}.png in the folder of the runs)"
+        "--png", type=output_path, help=f"new file for the plot (default: {name}.png in the folder of the runs)"
     )
 
 
@@ -112,8 +112,8 @@ def run_tasks(args: argparse.Namespace) -> int:
 
 
 def run_scaling(args: argparse.Namespace) -> int:
-    """Train the grid; print its losses, metrics and fits, and draw them."""
-    from mplug2_jax.experiments.scaling import BASE_STEPS, draw, find_regressions, fit_all, grid_rows, train_grid
+    """Train the grid; print its losses, metrics and fits, and plot them."""
+    from mplug2_jax.experiments.scaling import BASE_STEPS, find_loss_increases, fit_all, grid_rows, plot, train_grid
     from mplug2_jax.training.durations import load_run_config
 
     check_output("--png", args.png)
@@ -123,15 +123,15 @@ def run_scaling(args: argparse.Namespace) -> int:
     print(table(rows, header, right=range(1, len(header))))
     fits = [(name, f"{fit.exponent:.3f}", f"{fit.r2:.3f}") for name, fit in fit_all(runs).items()]
     print(f"\n{table(fits, ('loss', 'exponent', 'R²'), right=(1, 2))}\n")
-    for regression in find_regressions(runs):
-        print(f"not monotone: {regression}")
-    draw(runs, png)
-    logging.info("drawing: %s", png)
+    for increase in find_loss_increases(runs):
+        print(f"not monotone: {increase}")
+    plot(runs, png)
+    logging.info("plot: %s", png)
     return 0
 
 
 def run_ablation(args: argparse.Namespace) -> int:
-    """Train the variants; print their differences to the full model, and draw them."""
+    """Train the variants; print their differences to the full model, and plot them."""
     from mplug2_jax.experiments.ablation import (
         FINETUNED,
         FINETUNING_STEPS,
@@ -139,8 +139,8 @@ def run_ablation(args: argparse.Namespace) -> int:
         HEADER,
         PRETRAINING_STEPS,
         VARIANTS,
-        draw,
         effects,
+        plot,
         run_variants,
     )
     from mplug2_jax.training.durations import load_run_config
@@ -163,8 +163,8 @@ def run_ablation(args: argparse.Namespace) -> int:
         metrics[name].append(values)
     rows, png = effects(metrics), args.png or args.workdir / "ablation.png"
     print(table([row.cells() for row in rows], HEADER, right=range(2, len(HEADER))))
-    draw(rows, png)
-    logging.info("drawing: %s", png)
+    plot(rows, png)
+    logging.info("plot: %s", png)
     return 0
 
 

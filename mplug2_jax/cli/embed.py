@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 MAX_LISTED = 20  # skipped records that are logged
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "embed", run, config=True,
+        subparsers, "embed", run, accepts_overrides=True,
         summary="Write features of images, videos or texts to files",
         details="Run it again to resume where it stopped.",
         example="mplug2 embed --workdir runs/demo images --out features --feature contrastive",
@@ -51,8 +51,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--text-length", type=int, help="maximum tokens of a text (default: the run's)")
     parser.add_argument(
-        "--media", default="", metavar="DIR", help="folder of the media that annotations name (default: theirs)"
-    )
+        "--media", default="", metavar="DIR",
+        help="folder of the media that annotations name (default: the annotation file's folder)",
+    )  # fmt: skip
     parser.add_argument("--split", default="", help="split of the data, if the files name splits")
     parser.add_argument("--max-records", type=int, help="only the first records of each input")
     parser.add_argument("--size", dest="max_records", type=int, help=argparse.SUPPRESS)  # its old name

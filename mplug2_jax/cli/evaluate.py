@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 POLL_SECONDS = 30
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "eval", run, config=True,
+        subparsers, "eval", run, accepts_overrides=True,
         summary="Evaluate a checkpoint on held-out data",
         details="Runs the evaluations of the checkpoint's own run, or those of any recipe. The mesh and the "
         "evaluations can be overridden.",
@@ -42,8 +42,8 @@ def add_parser(commands: Any) -> None:
         "--checkpoint", type=to_path, metavar="PATH", help="with --config: a work directory, its checkpoints, or a step"
     )
     parser.add_argument(
-        "--out", type=output_path, metavar="FOLDER",
-        help="for the results (default: evaluations/STEP of the work directory)",
+        "--out", type=output_path, metavar="DIR",
+        help="folder for the results (default: evaluations/STEP of the work directory)",
     )  # fmt: skip
     parser.add_argument("--only", action="append", metavar="NAME", help="evaluate only this one; may be repeated")
 
@@ -88,25 +88,25 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     from mplug2_jax.report import write_report
 
     if args.config:
-        source = CheckpointSource.from_recipe(args.config, args.checkpoint, args.overrides)
+        checkpoint = CheckpointSource.from_recipe(args.config, args.checkpoint, args.overrides)
     else:
-        source = CheckpointSource.from_workdir(args.workdir, args.overrides, args.step)
-    if not args.out and not source.workdir.exists():
-        raise UserError(f"{source.workdir.path} is not the work directory of a run: give --out FOLDER for the results")
-    check_output("--out", args.out or source.workdir.path, new=False)
-    evaluator = CheckpointEvaluator(source, args.only or ())
-    params, step = evaluator.read(source.step)
-    folder = args.out or source.workdir.evaluation_folder(step)
+        checkpoint = CheckpointSource.from_workdir(args.workdir, args.overrides, args.step)
+    if not args.out and not checkpoint.workdir.exists():
+        raise UserError(f"{checkpoint.workdir.path} is not the work directory of a run: give --out DIR for the results")
+    check_output("--out", args.out or checkpoint.workdir.path, new=False)
+    evaluator = CheckpointEvaluator(checkpoint, args.only or ())
+    params, step = evaluator.read(checkpoint.step)
+    folder = args.out or checkpoint.workdir.evaluation_folder(step)
     results = []
     for result in evaluator.run(params, step, list(evaluator.evaluations), lambda phase: notice.check()):
         results.append(result)
         if is_primary_process():
             _save(result, folder)
         result.log()
-    source.checkpoints.close()
+    checkpoint.checkpoints.close()
     if is_primary_process():
         print(f"\n{results_table(results)}\n\n{sample_lines(results, folder)}\n")
-        print(f"report: {write_report(args.out or source.workdir.path)}")
+        print(f"report: {write_report(args.out or checkpoint.workdir.path)}")
     return 0
 
 
@@ -119,16 +119,16 @@ def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
 
     poll_seconds = args.poll or POLL_SECONDS
     wait_for_run(WorkDir(args.workdir), poll_seconds, notice)
-    source = CheckpointSource.from_workdir(args.workdir, args.overrides)
-    until = resolve_until_step(args.until_step, source.config.steps)
+    checkpoint = CheckpointSource.from_workdir(args.workdir, args.overrides)
+    until = resolve_until_step(args.until_step, checkpoint.config.steps)
     check_output("--workdir", args.workdir, new=False)
     evaluator = ContinuousEvaluator(
-        CheckpointEvaluator(source, args.only or ()), notice,
-        lambda result: _save(result, source.workdir.evaluation_folder(result.step)),
+        CheckpointEvaluator(checkpoint, args.only or ()), notice,
+        lambda result: _save(result, checkpoint.workdir.evaluation_folder(result.step)),
     )  # fmt: skip
     last_evaluated = evaluator.run(until, poll_seconds)
     if is_primary_process():
-        print(f"report: {write_report(source.workdir.path)}")
+        print(f"report: {write_report(checkpoint.workdir.path)}")
     return 0 if last_evaluated else 1
 
 

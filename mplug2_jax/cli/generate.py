@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from mplug2_jax.training.config import RunConfig
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "generate", run, config=True,
+        subparsers, "generate", run, accepts_overrides=True,
         summary="Answer an instruction about images or videos",
         details="A text file holds its own instruction, or the text that the instruction is about.",
         example='mplug2 generate --workdir runs/demo clip.mp4 --instruction "which way does the red digit move?"',
@@ -45,9 +45,9 @@ def add_parser(commands: Any) -> None:
         "--top-p", type=float, help="sample from the likeliest tokens with this total probability, as 0.9"
     )
     parser.add_argument(
-        "--temperature", type=float, help="of sampling; lower is more deterministic (default: the run's)"
+        "--temperature", type=float, help="sampling temperature; lower is more deterministic (default: the run's)"
     )
-    parser.add_argument("--seed", type=int, help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, help="sampling seed (default: 0)")
     parser.add_argument("--max-length", type=int, help="maximum tokens of a prediction (default: the run's)")
 
 

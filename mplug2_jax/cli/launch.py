@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, add_group
-from mplug2_jax.cli.parsing import parse_words
+from mplug2_jax.cli.parsing import parse_args
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,23 +24,23 @@ _SLICE_TIMEOUT = 600  # seconds
 _MOUNT_HELP = "gs://BUCKET or gs://BUCKET/FOLDER to mount read-only at /gcs (default: none; gs:// paths need no mount)"
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the commands."""
-    group = add_group(
-        commands, "launch",
+    subcommands = add_group(
+        subparsers, "launch",
         summary="Start a run on several processes, here or on a cluster",
         details="Supported clusters: SLURM, GKE and the Cloud TPU service.",
         example="mplug2 launch local --processes 2 -- train --config demo --workdir runs/two",
     )  # fmt: skip
-    _add_local(group, commands.choices)
-    _add_slurm(group, commands.choices)
-    _add_gke(group, commands.choices)
-    _add_tpu_vm(group)
+    _add_local(subcommands, subparsers.choices)
+    _add_slurm(subcommands, subparsers.choices)
+    _add_gke(subcommands, subparsers.choices)
+    _add_tpu_vm(subcommands)
 
 
-def _add_local(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
+def _add_local(subparsers: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     local = add_command(
-        group, "local", functools.partial(run_local, parsers=parsers),
+        subparsers, "local", functools.partial(run_local, parsers=parsers),
         summary="Start a run as several processes on this machine",
         details="Each process simulates CPU devices. When one exits, all of them are stopped. A data command (convert, "
         "validate, index, chunk) is divided among independent workers instead, and their work is joined at the end.",
@@ -60,9 +60,9 @@ def _add_local(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> No
     )
 
 
-def _add_slurm(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
+def _add_slurm(subparsers: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     slurm = add_command(
-        group, "slurm", functools.partial(run_slurm, parsers=parsers), config=True,
+        subparsers, "slurm", functools.partial(run_slurm, parsers=parsers), accepts_overrides=True,
         summary="Print the sbatch file of a training run on SLURM, or of data workers",
         details="A run has one task per host, and requeues itself after preemption.\n"
         "With --workers, the data command after -- becomes an array of independent workers: mplug2 launch slurm "
@@ -77,9 +77,9 @@ def _add_slurm(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> No
     _add_workers(slurm)
 
 
-def _add_gke(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
+def _add_gke(subparsers: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     gke = add_command(
-        group, "gke", functools.partial(run_gke, parsers=parsers), config=True,
+        subparsers, "gke", functools.partial(run_gke, parsers=parsers), accepts_overrides=True,
         summary="Print the JobSet of a training run on TPU slices on GKE, or the Job of data workers",
         details="Also prints the equivalent commands of xpk.\n"
         "With --workers, the data command after -- becomes an Indexed Job of independent workers: mplug2 launch gke "
@@ -102,9 +102,9 @@ def _add_gke(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None
     _add_workers(gke)
 
 
-def _add_tpu_vm(group: Any) -> None:
+def _add_tpu_vm(subparsers: Any) -> None:
     tpu_vm = add_command(
-        group, "tpu-vm", run_tpu_vm, config=True,
+        subparsers, "tpu-vm", run_tpu_vm, accepts_overrides=True,
         summary="Print a script that trains on slices of the Cloud TPU service",
         details="The script requests slices until they are available, trains on all of their hosts, and requests them "
         "again after preemption.",
@@ -144,7 +144,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
 def _add_min_slices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-slices", type=int, metavar="N",
-        help="go on with N or more slices after a failure, in more micro-batches (default: wait for all of them)",
+        help="continue with N or more slices after a failure, in more micro-batches (default: wait for all of them)",
     )  # fmt: skip
     parser.add_argument(
         "--slice-timeout", type=int, metavar="SECONDS",
@@ -163,10 +163,10 @@ def _parse_min_slices(args: argparse.Namespace, slices: int) -> tuple[int, int]:
     check_range("--min-slices", args.min_slices, 1, slices)
     check_range("--slice-timeout", args.slice_timeout, 1)
     if args.min_slices < slices and len(elastic_slice_counts(slices, args.min_slices)) == 1:
-        *_, less, _ = elastic_slice_counts(slices, 1)
+        *_, limit, _ = elastic_slice_counts(slices, 1)
         raise UserError(
-            f"--min-slices {args.min_slices} of {slices} slices: a run goes on with a number of slices that divides "
-            f"{slices}; use at most {less}"
+            f"--min-slices {args.min_slices} of {slices} slices: a run continues with a number of slices that divides "
+            f"{slices}; use at most {limit}"
         )
     return args.min_slices, args.slice_timeout or _SLICE_TIMEOUT
 
@@ -188,9 +188,9 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
     from mplug2_jax.launch.data_job import make_data_job
     from mplug2_jax.launch.local import LocalProcesses, SimulatedSlices
 
-    for option, least in (("processes", 1), ("devices_per_process", 1), ("max_restarts", 0), ("slices", 1)):
-        check_range(f"--{option.replace('_', '-')}", getattr(args, option), least)
-    minimum, timeout = _parse_min_slices(args, args.slices)
+    for option, minimum in (("processes", 1), ("devices_per_process", 1), ("max_restarts", 0), ("slices", 1)):
+        check_range(f"--{option.replace('_', '-')}", getattr(args, option), minimum)
+    min_slices, timeout = _parse_min_slices(args, args.slices)
     if args.processes % args.slices:
         raise UserError(f"--slices {args.slices} with --processes {args.processes}: expected a multiple of the slices")
     command, *options = args.launched
@@ -198,7 +198,7 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
         raise UserError(
             f"{command!r} does not run on several processes: {did_you_mean(command, MULTIPROCESS_COMMANDS)}"
         )
-    launched = parse_words(parsers[command], options)
+    launched = parse_args(parsers[command], options)
     verbosity = {-1: ["--quiet"], 1: ["--verbose"]}.get(args.verbosity, [])
     words = [sys.executable, "-m", "mplug2_jax.cli.main", *verbosity, *args.launched]
     if args.slices > 1 and command != "train":
@@ -207,11 +207,11 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
         job = make_data_job(args.launched, launched, workers=args.processes)
         if status := LocalProcesses(words, args.processes, independent=True).run(args.max_restarts):
             return status
-        joined = parse_words(parsers["data"], job.join_command[2:])
+        joined = parse_args(parsers["data"], job.join_command[2:])
         return int(joined.run(joined))
     if command == "train":
         resolve_recipe(launched.config, launched.plan, launched.overrides)
-    slices = SimulatedSlices(args.slices, minimum, timeout) if args.slices > 1 else None
+    slices = SimulatedSlices(args.slices, min_slices, timeout) if args.slices > 1 else None
     return LocalProcesses(words, args.processes, args.devices_per_process, slices=slices).run(args.max_restarts)
 
 
@@ -236,9 +236,9 @@ def run_gke(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentPar
     if data_job := _make_data_job(args, parsers):
         return _print_or_submit(render_indexed_job(data_job, options), args)
     job = _make_job(args, SPOT_GRACE_PERIOD if args.spot else None)
-    minimum, timeout = _parse_min_slices(args, job.topology.slices)
-    if minimum < job.topology.slices:
-        options = dataclasses.replace(options, min_slices=minimum, slice_timeout=timeout)
+    min_slices, timeout = _parse_min_slices(args, job.topology.slices)
+    if min_slices < job.topology.slices:
+        options = dataclasses.replace(options, min_slices=min_slices, slice_timeout=timeout)
     return _print_or_submit(render_gke(job, options), args)
 
 
@@ -274,7 +274,7 @@ def _make_data_job(args: argparse.Namespace, parsers: Mapping[str, argparse.Argu
     given += args.overrides
     if given:
         raise UserError(f"{given[0]} is for training runs, and --workers starts data workers; remove one of them")
-    data_args = parse_words(parsers["data"], args.launched[1:])
+    data_args = parse_args(parsers["data"], args.launched[1:])
     return make_data_job(
         args.launched, data_args, workers=args.workers, cpus=4 if args.cpus is None else args.cpus, name=args.name,
         max_restarts=args.max_restarts, data_folder=os.environ.get("MPLUG2_DATA", ""),

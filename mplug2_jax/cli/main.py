@@ -32,7 +32,7 @@ from mplug2_jax.cli import (
     tasks,
     train,
 )
-from mplug2_jax.cli.parsing import SuggestingParser, add_verbosity, parse_words
+from mplug2_jax.cli.parsing import SuggestingParser, add_verbosity, parse_args
 from mplug2_jax.console import configure_logging
 from mplug2_jax.errors import OUTPUT_CLOSED, PREEMPTED, UNAVAILABLE, USER_ERROR, Preempted, UserError
 
@@ -99,7 +99,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not words:
         top.print_help()
         top.exit()
-    return parse_words(top, words)
+    return parse_args(top, words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data worker was killed, 75 preempted (after both, run the same command again), 130 interrupted.
 
     Raises:
-        BrokenPipeError: the reader of the output has gone; :func:`program` exits with 141.
+        BrokenPipeError: the reader closed stdout; :func:`program` exits with 141.
     """
     try:
         args = parse(argv)
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _exit_with(USER_ERROR, f"error: {error.filename or 'writing'}: {error.strerror}")
     except Preempted as preempted:
-        # All processes come here, so they can shut down in order.
+        # All processes come here, so they can shut down cleanly.
         logging.warning("%s", preempted)
         return PREEMPTED
     except KeyboardInterrupt:
@@ -171,7 +171,7 @@ def program() -> None:
 
 
 def _discard_closed_output() -> bool:
-    """Discard the rest of the output if its reader has gone, as ``head`` does; return whether it has."""
+    """Discard the rest of the output if its reader closed it, as ``head`` does; return whether it did."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, select.POLLOUT)

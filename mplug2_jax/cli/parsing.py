@@ -73,19 +73,19 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; ``--config.field=value`` words become ``overrides`` of commands that accept them.
 
     Invalid arguments exit with status 2 and an error that names them.
     """
-    for word, value in itertools.pairwise(words):
+    for word, value in itertools.pairwise(argv):
         if re.fullmatch(r"--config\.[\w.]+", word) and not value.startswith("--"):
             parser.error(f"{word} {value} are two words, and an override is one: {shlex.quote(f'{word}={value}')}")
-    args, remaining = parser.parse_known_args(words)
+    args, remaining = parser.parse_known_args(argv)
     overrides = [word for word in remaining if word.startswith("--config.")]
     unknown = [word for word in remaining if not word.startswith("--config.")]
     if unknown or (overrides and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}{_hint(args, unknown, list(words))}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}{_hint(args, unknown, list(argv))}")
     args.overrides = overrides
     return args
 

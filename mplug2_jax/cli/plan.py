@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from mplug2_jax.training.config import RunConfig
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "plan", run, config=True,
+        subparsers, "plan", run, accepts_overrides=True,
         summary="Predict memory, step time and communication of a recipe on any machine",
         details="Compiles the recipe ahead of time for machines that need not exist and reports whether it fits, or "
         "searches for the best layout. Exit status 1: it does not fit.",
@@ -40,14 +40,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--slices", type=int, default=1, help="number of slices of the topology (default: 1)")
     parser.add_argument("--evaluation", help="plan this evaluation of the recipe instead of training")
     parser.add_argument(
-        "--effort", type=float, help="of the compiler: -1 compiles fast, 0 (default) is what train uses, 1 optimizes "
+        "--effort", type=float, help="compiler effort: -1 compiles fast, 0 (default) is what train uses, 1 optimizes "
         "most; a search uses -1",
     )  # fmt: skip
     parser.add_argument("--json", type=output_path, metavar="FILE", help="write the plan as JSON")
     parser.add_argument("--html", type=output_path, metavar="FILE", help="write the plan as an HTML page")
     parser.add_argument(
-        "--save-executable", type=output_path, metavar="FOLDER", help="save the compiled program, for train with "
-        "--config.compilation_cache=FOLDER on such machines; compiles with training's effort",
+        "--save-executable", type=output_path, metavar="DIR", help="save the compiled program, for train with "
+        "--config.compilation_cache=DIR on such machines; compiles with training's effort",
     )  # fmt: skip
     parser.add_argument(
         "--search", action="store_true", help="search over meshes, rematerialization, gradient accumulation and kernels"
@@ -146,7 +146,7 @@ def _run_search(args: argparse.Namespace, config: "RunConfig", topology: "Topolo
     trials = search(config, topology, seconds=60 * args.minutes, effort=args.effort, cache_dir=cache_dir)
     rows = [
         (
-            str(t.candidate) + (" *" if not t.candidate.overrides else ""), t.time, f"{t.memory_bytes / 2**30:.2f}",
+            str(t.candidate) + (" *" if not t.candidate.overrides else ""), t.outcome, f"{t.memory_bytes / 2**30:.2f}",
             f"{t.recompute_overhead:.1%}", f"{t.exposed_fraction:.1%}", f"{t.compile_seconds:.0f}",
         )
         for t in trials

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from mplug2_jax.training.config_changes import ConfigChange
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "replay", run,
+        subparsers, "replay", run,
         summary="Recompute a step of a run, and rank its examples",
         details="Prints the step's examples, its loss and norms, and how much each example contributed.",
         example="mplug2 replay runs/demo --step 120",

@@ -9,10 +9,10 @@ from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.errors import UserError
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "report", run,
+        subparsers, "report", run,
         summary="Draw a run as one self-contained HTML page, or compare two runs",
         details="The page has results, samples, curves, events and the config. A comparison has the evaluations that "
         "both runs have, and the examples whose scores differ most.",
@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "folder", type=to_path, help="work directory of a training run, active or finished, or the --out of mplug2 eval"
     )
-    parser.add_argument("--against", type=to_path, metavar="FOLDER", help="another one, to compare with")
+    parser.add_argument("--against", type=to_path, metavar="DIR", help="another one, to compare with")
     parser.add_argument(
         "--out", type=output_path, metavar="FILE",
         help="with --against: the new page (default: against-OTHER.html in the first folder)",

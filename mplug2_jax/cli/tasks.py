@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from mplug2_jax.training.config import RunConfig
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "tasks", run,
+        subparsers, "tasks", run,
         summary="List the downstream tasks, and whether their data is present",
         details="Shows the parts of the model and the number of parameters of each task. Data is searched in "
         "$MPLUG2_DATA, or ./data. With a name: which data the task needs, where it comes from, and what is missing.",

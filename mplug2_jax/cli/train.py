@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from mplug2_jax.training.workdir import WorkDir
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(
-        commands, "train", run, config=True,
+        subparsers, "train", run, accepts_overrides=True,
         summary="Train a recipe, or resume it from its work directory",
         details="Every field of the recipe can be overridden: --config.model.width=192. Exit status 75: preempted "
         "(SIGTERM or Ctrl-C), with everything saved; 79: the run stalled. Run the same command again after either.",
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--force-change", action="append", default=[], metavar="config.FIELD",
-        help="resume although this field, or group of fields, decides what is computed and differs; may be repeated",
+        help="let this field, or group of fields, change on resume although it changes training; may be repeated",
     )  # fmt: skip
 
 
@@ -55,12 +55,10 @@ def resolve_recipe(recipe: str | None, plan: Path | None, overrides: Sequence[st
         if recipe is None:
             raise UserError("--config is missing: name a recipe, or a --plan that has one")
         return recipe, list(overrides)
-    if recipe is not None:
-        raise UserError(f"--config {recipe} with --plan {plan}: the plan names a recipe already; give one or the other")
-    from mplug2_jax.planning.plan_file import read_plan
+    from mplug2_jax.planning.plan_file import extend_plan
 
-    content = read_plan(plan)
-    return content.config, [*content.overrides, *overrides]
+    content = extend_plan(plan, overrides, {"--config": recipe})
+    return content.config, list(content.overrides)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +109,7 @@ def _join_and_train(
                 watchdog.close()
                 slices.wait_until_finished()
                 return None
-            whole, config = config, slices.scale(config)
+            full_config, config = config, slices.scale(config)
     watchdog.enter("joining the other processes", "join")
     initialize_distributed(config.heartbeat_timeout)
     watchdog.enter("reading the config of the work directory")
@@ -120,7 +118,10 @@ def _join_and_train(
         slices.remove_earlier()
     if slices and previous and previous.grad_accum_steps != config.grad_accum_steps:
         # --min-slices asks for this change, and for no other.
-        force = [*force, *(["config.grad_accum_steps"] if slices.matches_scaled_accum_steps(whole, previous) else [])]
+        force = [
+            *force,
+            *(["config.grad_accum_steps"] if slices.matches_scaled_accum_steps(full_config, previous) else []),
+        ]
     with _name_missing_files(config, WorkDir(workdir)):
         config = with_checkpoint_sizes(config, overrides, previous)
         results = train(config, workdir, force, watchdog)
@@ -172,12 +173,12 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 def next_steps(config: "RunConfig", workdir: Path) -> list[tuple[str, str]]:
     """Return what to do with a trained run, and the commands that do it."""
-    look = "copy {} and open it in a browser" if isinstance(workdir, RemotePath) else "open {} in a browser"
+    view_hint = "copy {} and open it in a browser" if isinstance(workdir, RemotePath) else "open {} in a browser"
     run, export = shlex.quote(str(workdir)), shlex.quote(f"exports/{workdir.resolve().name}")
-    ask = f'mplug2 generate --workdir {run} FILE --instruction "what do we see?"'
+    generate_command = f'mplug2 generate --workdir {run} FILE --instruction "what do we see?"'
     return [
-        ("see curves and samples", look.format(workdir / "report.html")),
-        *([("ask about your own image or video", ask)] if "decoder" in config.parts() else []),
+        ("see curves and samples", view_hint.format(workdir / "report.html")),
+        *([("ask about your own image or video", generate_command)] if "decoder" in config.parts() else []),
         ("evaluate it again", f"mplug2 eval --workdir {run}"),
         ("export the weights to PyTorch", f"mplug2 convert export {run} --to {export}"),
     ]

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from mplug2_jax.conversion.report import Report
 
 
-def add_parsers(subcommands: Any) -> None:
+def add_parsers(subparsers: Any) -> None:
     """Add the sub-commands of ``convert`` that move weights."""
     importer = add_command(
-        subcommands, "import", run_import,
+        subparsers, "import", run_import,
         summary="Import weights of the official release, CLIP or BERT into a checkpoint",
         details="Reports what happened to every tensor.",
         example="mplug2 convert import mplug2_msrvtt_qa.pth --to runs/official --tokenizer vocab.txt\n"
@@ -30,16 +30,18 @@ def add_parsers(subcommands: Any) -> None:
     )  # fmt: skip
     importer.add_argument("--to", type=output_path, required=True, metavar="DIR", help="new folder for the checkpoint")
     importer.add_argument(
-        "--task", choices=("caption", "videoqa"), help="which official model it is, if its files do not tell"
+        "--task", choices=("caption", "videoqa"), help="which official model it is, if it cannot be detected"
     )
     importer.add_argument("--parts", metavar="A,B,...", help="parts of the model (default: all that the sources have)")
     importer.add_argument("--image-size", type=int, metavar="PX", help="resize the position table to this image size")
     importer.add_argument("--tokenizer", type=to_path, metavar="FILE", help="vocab.txt or SentencePiece model to copy")
-    importer.add_argument("--seed", type=int, default=0, help="for arrays that no source fills (default: %(default)s)")
+    importer.add_argument(
+        "--seed", type=int, default=0, help="seed for parameters missing from the sources (default: %(default)s)"
+    )
     _add_common(importer, "compare JAX and PyTorch tap by tap (needs torch)")
 
     exporter = add_command(
-        subcommands, "export", run_export,
+        subparsers, "export", run_export,
         summary="Export a checkpoint as a complete official state dict, or as programs for other engines",
         details="To a file, or to a folder by Hugging Face's conventions; programs to a folder.",
         example="mplug2 convert export runs/official --to exports/msrvtt_qa\n"
@@ -56,8 +58,9 @@ def add_parsers(subcommands: Any) -> None:
         "Runtime or JAX without this package (default: %(default)s)",
     )  # fmt: skip
     exporter.add_argument(
-        "--frames", type=int, metavar="N", help="of a clip, for programs; 1: images (default: as the run reads clips)"
-    )
+        "--frames", type=int, metavar="N",
+        help="frames per video, for programs; 1: images (default: as the run reads videos)",
+    )  # fmt: skip
     exporter.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     exporter.add_argument(
         "--ema", action=argparse.BooleanOptionalAction,
@@ -80,7 +83,7 @@ def add_parsers(subcommands: Any) -> None:
     _add_common(exporter, "compare with JAX: PyTorch tap by tap (needs torch), a program's outputs")
 
     verifier = add_command(
-        subcommands, "verify", run_verify,
+        subparsers, "verify", run_verify,
         summary="Verify an import or export against its report",
         details="Names the first tensor that changed.",
         example="mplug2 convert verify runs/official/conversion-report.json",
@@ -88,7 +91,7 @@ def add_parsers(subcommands: Any) -> None:
     verifier.add_argument("report", type=to_path, metavar="REPORT", help="conversion-report.json, or its folder")
 
     inspector = add_command(
-        subcommands, "inspect", run_inspect,
+        subparsers, "inspect", run_inspect,
         summary="Show what a checkpoint holds, as a tree of shapes, dtypes and counts",
         details="Reads no arrays.",
         example="mplug2 convert inspect runs/demo --depth 3",
@@ -99,7 +102,7 @@ def add_parsers(subcommands: Any) -> None:
     inspector.add_argument("--depth", type=int, default=3, help="levels of the tree (default: %(default)s)")
 
     differ = add_command(
-        subcommands, "diff", run_diff,
+        subparsers, "diff", run_diff,
         summary="Compare the weights of two checkpoints, tensor by tensor",
         details="Lists what only one has and, tower by tower, what differs and by how much. The status is 0 if all "
         "tensors are equal, 1 if not.\nOne of our checkpoints is compared with an official one as its export.",
@@ -144,13 +147,13 @@ def run_import(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """Export, and print the report's summary; return 1 if the frameworks differ."""
     _use_cpu()
-    of_torch = {
+    torch_only = {
         "--teacher": args.teacher, "--leftover": args.leftover, "--shard-size": args.shard_size,
         "--base-model": args.base_model,
     }  # fmt: skip
-    foreign = {"--frames": args.frames} if args.format == "torch" else of_torch
-    if misplaced := next((option for option, value in foreign.items() if value is not None), None):
-        raise UserError(f"{misplaced} does not fit --format {args.format}; remove one of them")
+    unsupported = {"--frames": args.frames} if args.format == "torch" else torch_only
+    if invalid_option := next((option for option, value in unsupported.items() if value is not None), None):
+        raise UserError(f"{invalid_option} does not fit --format {args.format}; remove one of them")
     report = _export_state(args) if args.format == "torch" else _export_programs(args)
     print(report.summary())
     print(args.to)

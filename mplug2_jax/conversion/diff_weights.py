@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mplug2_jax.console import align_columns
+from mplug2_jax.conversion.batches import batch_by_size
 from mplug2_jax.conversion.export_plan import plan_export
 from mplug2_jax.conversion.export_weights import exported_tensors
 from mplug2_jax.conversion.files.sources import HostArray, TensorInfo, TensorSource
@@ -25,7 +26,6 @@ from mplug2_jax.conversion.layouts.name_mapping import first_few
 from mplug2_jax.conversion.progress import ByteProgress
 from mplug2_jax.conversion.report import PAGES
 from mplug2_jax.conversion.tolerance import relative_error
-from mplug2_jax.conversion.verify_weights import batch_by_size
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 
@@ -214,7 +214,7 @@ def _open_own(path: Path, contents: CheckpointContents, stack: contextlib.ExitSt
     infos = {"/".join(leaf): info for leaf, info in contents.tensors.items() if leaf[0] in _WEIGHT_TREES}
 
     def read(names: Sequence[str]) -> Iterator[tuple[str, HostArray]]:
-        for batch in batch_by_size(names, {name: info.nbytes for name, info in infos.items()}):
+        for batch in batch_by_size(names, lambda name: infos[name].nbytes):
             arrays = checkpoints.read_arrays([tuple(name.split("/")) for name in batch], step)
             yield from (("/".join(leaf), array) for leaf, array in arrays.items())
 

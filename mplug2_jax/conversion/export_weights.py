@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mplug2_jax.conversion.batches import batch_by_size
 from mplug2_jax.conversion.compare_torch import check_torch, compare_frameworks
 from mplug2_jax.conversion.export_plan import ExportPlan, original_name, plan_export
-from mplug2_jax.conversion.exported import SETTINGS
+from mplug2_jax.conversion.exported import CONFIG_NAME
 from mplug2_jax.conversion.files.atomic import atomic_files, atomic_folder, check_free_space, check_not_existing
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
@@ -41,7 +42,6 @@ from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.training.optim.lora import merge_adapter
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-_BATCH_BYTES = 2**27
 
 
 class _ShardedWriter:
@@ -119,7 +119,7 @@ def export(
         if not is_file:
             write_companions(plan, folder, base_models)
         if verify:
-            report.comparisons = _compare(plan, file, None if is_file else folder / SETTINGS)
+            report.comparisons = _compare(plan, file, None if is_file else folder / CONFIG_NAME)
         report.write(folder)
     return report
 
@@ -176,18 +176,12 @@ def group_arrays(mappings: Sequence[TensorMapping]) -> list[Group]:
 
 
 def batch_groups(mappings: Sequence[TensorMapping], sizes: Mapping[StatePath, int]) -> list[Group]:
-    """Merge small groups into batches, because every read of a checkpoint has an overhead."""
-    batches: list[tuple[list[StatePath], list[str]]] = []
-    room = 0
-    for paths, names in group_arrays(mappings):
-        size = sum(sizes[path] for path in paths)
-        if size > room:
-            batches.append(([], []))
-            room = _BATCH_BYTES
-        batches[-1][0].extend(paths)
-        batches[-1][1].extend(names)
-        room -= size
-    return [*batches]
+    """Merge small groups into batches that are read together."""
+    batches = batch_by_size(group_arrays(mappings), lambda group: sum(sizes[path] for path in group[0]))
+    return [
+        ([path for paths, _ in batch for path in paths], [name for _, names in batch for name in names])
+        for batch in batches
+    ]
 
 
 def _batches(plan: ExportPlan) -> list[Group]:
@@ -293,7 +287,7 @@ class _Exporter:
                     pending = reader.submit(self._read, batches[i + 1][0])
                 list(pool.map(lambda name, arrays=arrays: self._convert(name, arrays), names))
                 del arrays
-            list(pool.map(self._fill, [name for name in self._plan.state if name not in self._rows]))
+            list(pool.map(self._write_ignored, [name for name in self._plan.state if name not in self._rows]))
 
     def _read(self, paths: Sequence[StatePath]) -> dict[StatePath, HostArray]:
         stored = read_stored(self._plan, paths)
@@ -315,7 +309,7 @@ class _Exporter:
             row = Row(tied, "tied", info.shape, info.dtype.name, sha, reason=f"repeats {name}")
             self._write(tied, stored, row)
 
-    def _fill(self, name: str) -> None:
+    def _write_ignored(self, name: str) -> None:
         """Write a tensor that the model ignores."""
         info = self._plan.state[name]
         is_preserved = original_name(name, self._leftover) is not None

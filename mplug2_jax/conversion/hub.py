@@ -12,10 +12,11 @@ import jinja2
 import mplug2_jax
 from data_pipelines.tokenizers import WordPieceTokenizer
 from mplug2_jax.conversion.export_plan import ExportPlan
-from mplug2_jax.conversion.exported import SETTINGS
+from mplug2_jax.conversion.exported import CONFIG_NAME
 from mplug2_jax.conversion.layouts.official_config import to_config_json
 from mplug2_jax.conversion.runtime_files import AUTO_MAP, write_inference, write_processor, write_runtime
 from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation.result_format import upgrade_result
 from mplug2_jax.training.workdir import special_tokens
 
 WEIGHTS = "model.safetensors"
@@ -31,7 +32,7 @@ def check_base_models(names: Sequence[str]) -> None:
             )
 
 
-def write_settings(plan: ExportPlan, folder: Path, *, has_code: bool = False) -> None:
+def write_config_and_tokenizer(plan: ExportPlan, folder: Path, *, has_code: bool = False) -> None:
     """Write ``config.json``, with the classes of its code if there is one, and the tokenizer's files."""
     tokenizer = plan.tokenizer
     settings = to_config_json(
@@ -43,14 +44,14 @@ def write_settings(plan: ExportPlan, folder: Path, *, has_code: bool = False) ->
             (folder / file.name).write_bytes(file.read_bytes())
     if has_code:
         settings |= {"architectures": ["Mplug2Model"], "auto_map": AUTO_MAP}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def write_companions(plan: ExportPlan, folder: Path, base_models: Sequence[str] = ()) -> None:
     """Write ``config.json``, the tokenizer's files, the program and ``README.md`` next to the weights."""
     tokenizer = plan.tokenizer
     config = plan.workdir.read_config() if tokenizer and plan.workdir.exists() else None
-    write_settings(plan, folder, has_code=config is not None)
+    write_config_and_tokenizer(plan, folder, has_code=config is not None)
     if tokenizer and config:
         write_inference(config, folder)
         write_processor(tokenizer, plan.model.config, folder)
@@ -90,12 +91,12 @@ def _card_metadata(
 
 
 def _results(workdir: Path, step: int) -> list[tuple[str, str, float, float, int]]:
-    """Return (evaluation, metric, value, baseline, examples) of a step (old result files say ``figures``)."""
+    """Return (evaluation, metric, value, baseline, examples) of a step."""
     rows = []
     for path in sorted((workdir / "evaluations" / str(step)).glob("*.json")):
-        result = _read_json(path) or {}
-        examples = int(result.get("num_examples", result.get("examples", 0)))
-        for metric, value in (result.get("metrics") or result.get("figures") or {}).items():
+        result = upgrade_result(_read_json(path) or {})
+        examples = int(result.get("num_examples", 0))
+        for metric, value in result.get("metrics", {}).items():
             baseline = result.get("baselines", {}).get(metric, float("nan"))
             rows.append((str(result.get("name")), str(metric), float(value), float(baseline), examples))
     return rows

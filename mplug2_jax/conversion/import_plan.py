@@ -9,14 +9,14 @@ import jax
 
 from mplug2_jax.conversion.layouts import bert, clip, official
 from mplug2_jax.conversion.layouts.identify import DetectedCheckpoint, OfficialTask, identify
-from mplug2_jax.conversion.layouts.name_mapping import Disposition, NameMapping, match_names
+from mplug2_jax.conversion.layouts.name_mapping import NameMapping, SourceDisposition, match_names
 from mplug2_jax.conversion.layouts.official import check_shapes
-from mplug2_jax.conversion.layouts.tensor_mapping import TensorMapping
+from mplug2_jax.conversion.layouts.tensor_mapping import ParamPath, TensorMapping
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.mplug2 import ModelDef, define_model
 
-StatePath = tuple[str, ...]  # "params" or "teacher", then the path of a parameter
+StatePath = ParamPath  # "params" or "teacher", then the path of a parameter
 POSITIONS: StatePath = ("vision", "positions")
 
 
@@ -26,7 +26,7 @@ class SourceMapping:
 
     checkpoint: DetectedCheckpoint
     tied: Mapping[str, str]
-    dispositions: Mapping[str, tuple[Disposition, str]]
+    dispositions: Mapping[str, tuple[SourceDisposition, str]]
 
 
 @dataclasses.dataclass(frozen=True)

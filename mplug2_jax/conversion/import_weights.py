@@ -138,10 +138,10 @@ class _Importer:
             self._initialized[path] = digest(value)
             return value
         value = np.empty(shape, np.float32)
-        list(self._pool.map(lambda piece: self._fill(value, *piece), self._plan.pieces[path]))
+        list(self._pool.map(lambda piece: self._load_into(value, *piece), self._plan.pieces[path]))
         return value
 
-    def _fill(self, value: HostArray, source: SourceMapping, mapping: TensorMapping) -> None:
+    def _load_into(self, value: HostArray, source: SourceMapping, mapping: TensorMapping) -> None:
         tensor = self._read(source, mapping.name)
         target = value if mapping.layer is None else value[mapping.layer : mapping.layer + 1].reshape(value.shape[1:])
         param = mapping.to_param(tensor)

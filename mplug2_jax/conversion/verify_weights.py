@@ -2,17 +2,16 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mplug2_jax.conversion.batches import batch_by_size
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.sources import TensorSource
 from mplug2_jax.conversion.layouts.official_state import LEFTOVER_FILE
 from mplug2_jax.conversion.report import REPORT, ParamDigest, Report, Row, digest, read_report
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
-
-_BATCH_BYTES = 2**27
 
 
 def verify_output(path: Path) -> Iterator[tuple[str, bool]]:
@@ -39,7 +38,7 @@ def _verify_import(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
         specs = checkpoints.array_specs(step)
         stored = {"/".join(path): path for path in specs}
         sizes = {"/".join(path): math.prod(shape) * dtype.itemsize for path, (shape, dtype) in specs.items()}
-        for paths in batch_by_size(list(by_path), sizes):
+        for paths in batch_by_size(by_path, lambda path: sizes.get(path, 0)):
             arrays = checkpoints.read_arrays([stored[path] for path in paths if path in stored], step)
             for path in paths:
                 if path not in stored:
@@ -50,20 +49,6 @@ def _verify_import(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
                     yield str(param), digest(array if param.layer is None else array[param.layer]) == param.sha256
     if preserved := [row for row in report.rows if row.disposition == "preserved"]:
         yield from _verify_tensors(open_source(folder / LEFTOVER_FILE), preserved)
-
-
-def batch_by_size(paths: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Yield arrays that are read together, because every read of a checkpoint has an overhead."""
-    batch: list[str] = []
-    room = _BATCH_BYTES
-    for path in paths:
-        room -= sizes.get(path, 0)
-        if batch and room < 0:
-            yield batch
-            batch, room = [], _BATCH_BYTES - sizes.get(path, 0)
-        batch.append(path)
-    if batch:
-        yield batch
 
 
 def _verify_export(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:

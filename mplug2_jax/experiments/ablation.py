@@ -16,8 +16,8 @@ from absl import logging
 from matplotlib.ticker import PercentFormatter
 
 from mplug2_jax.console import Progress
-from mplug2_jax.experiments.drawing import metric_title, png_figure
-from mplug2_jax.experiments.runs import mean_interval, select_metrics, train_to_end
+from mplug2_jax.experiments.plotting import metric_title, png_figure
+from mplug2_jax.experiments.runs import mean_ci, select_metrics, train_to_end
 from mplug2_jax.metrics.units import format_metric
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import RunConfig
@@ -102,7 +102,7 @@ def run_variants(
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """A metric of a variant, and what the full model has more, by seed."""
+    """A metric of a variant and of the full model, by seed."""
 
     variant: str
     name: str  # evaluation/metric
@@ -118,7 +118,7 @@ class Effect:
         """Return the row as text."""
         metric = self.name.rpartition("/")[2]
         means = map(statistics.mean, (self.full, self.values, self.differences))
-        interval = " to ".join(format_metric(metric, end) for end in mean_interval(self.differences))
+        interval = " to ".join(format_metric(metric, end) for end in mean_ci(self.differences))
         return (self.variant, self.name, *(format_metric(metric, mean) for mean in means), interval)
 
 
@@ -141,8 +141,8 @@ def effects(metrics: Mapping[str, Sequence[Metrics]]) -> Sequence[Effect]:
     ]
 
 
-def draw(rows: Sequence[Effect], path: Path) -> None:
-    """Draw what the full model has more, relative to its mean, with 95% CIs, as a PNG: a panel per variant."""
+def plot(rows: Sequence[Effect], path: Path) -> None:
+    """Plot full model minus variant, relative to the full model's mean, with 95% CIs, as a PNG: a panel per variant."""
     variants = list(dict.fromkeys(row.variant for row in rows))
     names = list(dict.fromkeys(row.name for row in rows))
     with png_figure(path, 2.3 + 1.7 * len(variants), 0.9 + 0.24 * len(names)) as figure:
@@ -151,7 +151,7 @@ def draw(rows: Sequence[Effect], path: Path) -> None:
             axes.axvline(0, color="#999999", linewidth=0.8)
             for row in rows:
                 if row.variant == variant and (full := statistics.mean(row.full)):
-                    low, high = (end / full for end in mean_interval(row.differences))
+                    low, high = (end / full for end in mean_ci(row.differences))
                     color = "#555555" if low <= 0 <= high else "#2563ab" if low > 0 else "#c2410c"
                     y = names.index(row.name)
                     axes.plot([low, high], [y, y], color=color, linewidth=1)

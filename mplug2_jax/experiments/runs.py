@@ -63,7 +63,7 @@ def train_to_end(config: RunConfig, folder: Path, *, keep_checkpoints: bool = Tr
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in results.items()}
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+def mean_ci(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95% CI of a mean, by Student's t; infinite for a single value."""
     if len(values) == 1:
         return float("-inf"), float("inf")

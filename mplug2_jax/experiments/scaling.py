@@ -1,8 +1,8 @@
 """Does more pretraining pay? The pretraining of ``demo:long`` in three widths and three lengths, against its compute.
 
 Examples of DigitWorld do not repeat, so a loss of the last steps is one on new examples, and of the same handwriting;
-the metrics are of held-out handwriting. A loss is fitted as a power law of the compute over the runs that no run with
-less compute beats.
+the metrics are of held-out handwriting. A loss is fitted as a power law of the compute over the runs on the
+compute-optimal (Pareto) frontier: no run with less compute has a lower loss.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from scipy.stats import linregress
 
 from mplug2_jax.console import Progress
-from mplug2_jax.experiments.drawing import metric_title, png_figure
+from mplug2_jax.experiments.plotting import metric_title, png_figure
 from mplug2_jax.experiments.runs import select_metrics, train_to_end
 from mplug2_jax.metrics.units import format_metric, is_fraction
 from mplug2_jax.report.curves import compact, percent
@@ -102,7 +102,7 @@ def _read_run(path: Path, width: float, steps: int, metrics: Mapping[str, float]
     return ScalingRun(width, steps, steps * float(np.median(flops)), losses, metrics)
 
 
-def find_regressions(runs: Sequence[ScalingRun]) -> Sequence[str]:
+def find_loss_increases(runs: Sequence[ScalingRun]) -> Sequence[str]:
     """Return a sentence for each loss that is higher after more steps of the same width."""
     found = []
     for width in sorted({run.width for run in runs}):
@@ -118,7 +118,7 @@ def find_regressions(runs: Sequence[ScalingRun]) -> Sequence[str]:
 
 
 def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
-    """Fit the runs that no run with at most as much compute beats."""
+    """Fit the runs on the compute-optimal (Pareto) frontier: no run with less compute has a lower loss."""
     points = sorted(zip(flops, losses, strict=True))
     best = [points[0]]
     for point in points[1:]:
@@ -148,8 +148,8 @@ def grid_rows(runs: Sequence[ScalingRun]) -> Sequence[Sequence[str]]:
     return rows
 
 
-def draw(runs: Sequence[ScalingRun], path: Path) -> None:
-    """Draw every loss and every metric against compute as a PNG: a line per width, and the fit of each loss."""
+def plot(runs: Sequence[ScalingRun], path: Path) -> None:
+    """Plot every loss and every metric against compute as a PNG: a line per width, and the fit of each loss."""
     fits, losses, metrics = fit_all(runs), list(runs[0].losses), list(runs[0].metrics)
     columns = 4
     rows = -(-(len(losses) + len(metrics)) // columns)

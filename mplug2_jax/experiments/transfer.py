@@ -20,7 +20,7 @@ from absl import logging
 
 from mplug2_jax.console import Progress
 from mplug2_jax.evaluation.results import EvaluationResult
-from mplug2_jax.experiments.runs import mean_interval, train_to_end
+from mplug2_jax.experiments.runs import mean_ci, train_to_end
 from mplug2_jax.inference.checkpoint_eval import CheckpointEvaluator, CheckpointSource
 from mplug2_jax.metrics.units import format_metric
 from mplug2_jax.recipes.digitworld import FINETUNES
@@ -74,7 +74,7 @@ class Difference:
     @property
     def interval(self) -> tuple[float, float]:
         """Return the 95% CI of the mean difference."""
-        return mean_interval(self.differences)
+        return mean_ci(self.differences)
 
     @property
     def is_better(self) -> bool:
@@ -103,7 +103,7 @@ class TaskTransfer:
     rows: Sequence[Difference]
 
     @property
-    def visual(self) -> str:
+    def modality(self) -> str:
         """Return what the examples show, for names of metrics."""
         return "video" if FINETUNES[self.name].kind == "video" else "image"
 

@@ -58,8 +58,8 @@ def make_data_job(
     Raises:
         UserError: the command does not take workers, writes into no folder, or an option is out of range.
     """
-    for option, value, least in (("--workers", workers, 1), ("--cpus", cpus, 1), ("--max-restarts", max_restarts, 0)):
-        check_range(option, value, least)
+    for option, value, minimum in (("--workers", workers, 1), ("--cpus", cpus, 1), ("--max-restarts", max_restarts, 0)):
+        check_range(option, value, minimum)
     if args.subcommand not in DATA_COMMANDS:
         raise UserError(
             f"data {args.subcommand} does not run on several workers: {did_you_mean(args.subcommand, DATA_COMMANDS)}"
@@ -77,7 +77,7 @@ def make_data_job(
     out = args.index or args.path if args.subcommand == "index" else str(args.out or "")
     if not out or out.endswith(".array_record"):
         found = f"--out {out}" if out else "no --out"
-        raise UserError(f"data {args.subcommand} for several workers: expected --out FOLDER, found {found}")
+        raise UserError(f"data {args.subcommand} for several workers: expected --out DIR, found {found}")
     files = {"convert": getattr(args, "shards", 0), "chunk": getattr(args, "shards", 0)}.get(args.subcommand)
     if files is not None and files < workers:
         raise UserError(

@@ -44,7 +44,7 @@ class GkeOptions:
     spot: bool = False
     mount: str | None = None  # gs:// URL of a bucket or a folder in it
     cluster: str = "CLUSTER"  # for xpk
-    min_slices: int | None = None  # that the run can go on with; None: all of them
+    min_slices: int | None = None  # that the run can continue with; None: all of them
     slice_timeout: int = 600  # seconds to wait for the others
 
 

@@ -15,7 +15,7 @@ from data_pipelines.storage.paths import RemotePath, to_path
 from mplug2_jax.config import find_recipe, shipped_recipes
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.parallel.accelerators import Topology, parse_topology
-from mplug2_jax.planning.plan_file import PlanFile, read_plan
+from mplug2_jax.planning.plan_file import PlanFile, extend_plan
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.durations import load_run_config
 
@@ -85,11 +85,7 @@ def resolve_plan(
         return PlanFile(
             config=config, overrides=tuple(overrides), topology=topology, slices=1 if slices is None else slices
         )
-    for option, setting in (("--config", config), ("--topology", topology), ("--slices", slices)):
-        if setting is not None:
-            raise UserError(f"{option} {setting} with --plan {plan}: the plan already sets it; give one or the other")
-    plan_file = read_plan(plan)
-    return dataclasses.replace(plan_file, overrides=(*plan_file.overrides, *overrides))
+    return extend_plan(plan, overrides, {"--config": config, "--topology": topology, "--slices": slices})
 
 
 def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace_period: int | None, max_restarts: int) -> Job:

@@ -21,7 +21,7 @@ from mplug2_jax.errors import PREEMPTED, USER_ERROR
 CRASH_TIMEOUT = 5.0
 """Seconds that the remaining processes have after one crashed, to notice it and report where they were."""
 SHUTDOWN_TIMEOUT = 120.0
-"""Seconds that the remaining processes have after one exited in order."""
+"""Seconds that the remaining processes have after one exited cleanly."""
 _MAX_LINE = 2**16
 _PR_SET_PDEATHSIG = 1
 
@@ -141,7 +141,7 @@ class LocalProcesses:
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedSlices:
-    """Slices of processes; the run may go on with ``minimum`` of them, for which it waits ``timeout`` seconds."""
+    """Slices of processes; the run may continue with ``minimum`` of them, for which it waits ``timeout`` seconds."""
 
     count: int
     minimum: int

@@ -47,12 +47,13 @@ class ScopeTraffic:
         return self.scope if self.scope in (ADDED, OUTSIDE) else re.split(r"[/ ]", self.scope, maxsplit=1)[0]
 
 
-def hbm_traffic(program: str, *, default_trips: int = 1) -> list[ScopeTraffic]:
-    """Return the bytes of ``compiled.as_text()`` by scope, the largest first.
+def hbm_traffic(hlo_text: str, *, default_trips: int = 1) -> list[ScopeTraffic]:
+    """Return the bytes of a compiled program by scope, the largest first.
 
-    Loops of unknown trip count run ``default_trips`` times; all branches of a conditional count.
+    ``hlo_text`` is its ``compiled.as_text()``. Loops of unknown trip count run ``default_trips`` times; all branches of
+    a conditional count.
     """
-    module = parse_hlo(program)
+    module = parse_hlo(hlo_text)
     totals: dict[str, _Row] = collections.defaultdict(_Row)
     rows_of: dict[str, dict[str, _Row]] = {}
     for computation, runs in _runs(module, Frame(module.computations[module.entry]), default_trips):
@@ -77,11 +78,6 @@ def traffic_by_tower(traffic: Sequence[ScopeTraffic]) -> dict[str, tuple[float, 
         total, minimum = towers.get(each.tower, (0.0, 0.0))
         towers[each.tower] = total + each.bytes, minimum + each.minimum_bytes
     return dict(sorted(towers.items(), key=lambda item: -item[1][0]))
-
-
-def count_hbm_bytes(program: str, *, default_trips: int = 1) -> float:
-    """Return the bytes of a program in all scopes; see :func:`hbm_traffic`."""
-    return sum((each.bytes for each in hbm_traffic(program, default_trips=default_trips)), 0.0)
 
 
 class _Row:
@@ -165,7 +161,7 @@ def _operation(instruction: Instruction, op_name: str) -> str:
 
 
 def _source(computation: Computation, name: str) -> str:
-    """Return the instruction whose result this one shows."""
+    """Return the instruction whose result this one aliases."""
     instruction = computation.instructions.get(name)
     while instruction and instruction.operands and (
         instruction.opcode in ("bitcast", "get-tuple-element", "optimization-barrier")
@@ -295,7 +291,7 @@ def _bytes_written(module: HloModule, fused: Computation, name: str, result: Arr
 
 
 def _updates(module: HloModule, fused: Computation, name: str) -> float | None:
-    """Return the bytes of the updates that make a result of a parameter; None if it is not made so."""
+    """Return the bytes that in-place updates of a parameter write to this result; None if it is anything else."""
     instruction = fused.instructions.get(name)
     if instruction is None:
         return None

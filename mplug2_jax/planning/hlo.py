@@ -186,7 +186,7 @@ class Array(NamedTuple):
     text: str  # without layout
     bytes: float  # without layout padding
     in_hbm: bool  # not in on-chip memory, as ``S(1)``
-    padded_bytes: float  # with it
+    padded_bytes: float  # with layout padding
 
 
 def parse_arrays(shape: str) -> list[Array]:

@@ -1,9 +1,9 @@
 """Out-of-memory errors of the compiler, and the largest buffers of programs that did compile.
 
-The compiler refuses in two ways. Ahead of time (libtpu 0.0.40 and later) it gives two numbers and nothing else:
+The compiler reports out of memory in two forms. Ahead of time (libtpu 0.0.40 and later) it gives only two numbers:
 ``Ran out of memory on HBM, the total memory required for HLO temporaries (17.05G) exceeds available HBM (15.75G).``
 On real machines, and in older versions, it also lists its largest allocations. Both are parsed here. For the
-allocations of an ahead-of-time refusal, compile for a chip with more memory and call :func:`largest_buffers`.
+allocations of an ahead-of-time error, compile for a chip with more memory and call :func:`largest_buffers`.
 """
 
 import collections
@@ -78,17 +78,17 @@ def _parse_allocation(size: float, text: str) -> Buffer:
     return Buffer(size, shape.group(1) if shape else "", scope)
 
 
-def largest_buffers(program: str, count: int = 20) -> list[Buffer]:
+def largest_buffers(hlo_text: str, count: int = 20) -> list[Buffer]:
     """Return the largest buffers that a compiled program writes, largest first; equal in shape and scope as one.
 
     They are not all live at once, and sizes are without layout padding; but what does not fit is nearly always among
     the first few. Arguments, and arrays in memories faster than HBM, are excluded.
 
     Args:
-        program: ``compiled.as_text()``.
+        hlo_text: ``compiled.as_text()``.
         count: of buffers to return.
     """
-    module = parse_hlo(program)
+    module = parse_hlo(hlo_text)
     written = [
         (array.bytes, array.text, instruction, computation)
         for computation in _unfused_computations(module, module.computations[module.entry], {})

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +67,21 @@ def read_plan(path: Path) -> PlanFile:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return plan
+
+
+def extend_plan(path: Path, overrides: Sequence[str], options: Mapping[str, object]) -> PlanFile:
+    """Read a plan file and append overrides to its own.
+
+    Args:
+        path: of the plan.
+        overrides: that apply after the plan's.
+        options: those of the command line that the plan sets, by name; None: not given.
+
+    Raises:
+        UserError: one of the options is given, or as :func:`read_plan`.
+    """
+    for option, value in options.items():
+        if value is not None:
+            raise UserError(f"{option} {value} with --plan {path}: the plan already sets it; give one or the other")
+    plan = read_plan(path)
+    return dataclasses.replace(plan, overrides=(*plan.overrides, *overrides))

@@ -23,7 +23,7 @@ _TOWERS = ("vision", "text", "fusion", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
-class ConfigChange:
+class MemoryRemedy:
     """A change of a config that leaves its loss curve unchanged."""
 
     overrides: tuple[str, ...]  # for the command line
@@ -80,7 +80,7 @@ def bigger_topology(topology: Topology) -> Topology | None:
     return bigger if bigger.chips_per_slice <= chip.max_chips else None
 
 
-def memory_saving_changes(config: RunConfig) -> Iterator[ConfigChange]:
+def memory_saving_changes(config: RunConfig) -> Iterator[MemoryRemedy]:
     """Yield changes that need less memory, cheapest first: more rematerialization, then smaller microbatches."""
     current = config
     for policy, towers in (("dots", _TOWERS), ("full", ("vision",)), ("full", _TOWERS)):
@@ -90,14 +90,14 @@ def memory_saving_changes(config: RunConfig) -> Iterator[ConfigChange]:
         if policies:
             model = dataclasses.replace(current.model, remat=dataclasses.replace(remat, **policies))
             current = dataclasses.replace(current, model=model)
-            yield ConfigChange(diff_overrides(config, current), current)
+            yield MemoryRemedy(diff_overrides(config, current), current)
     smallest = min(stream.data.batch_size for stream in config.streams.values())
     while current.grad_accum_steps * 2 <= smallest:
         try:
             current = dataclasses.replace(current, grad_accum_steps=current.grad_accum_steps * 2)
         except UserError:  # a batch that does not divide
             return
-        yield ConfigChange(diff_overrides(config, current), current)
+        yield MemoryRemedy(diff_overrides(config, current), current)
 
 
 def diff_overrides(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ def diff_overrides(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
 
 def find_nearest_fit(
     config: RunConfig, topology: Topology, trace: TraceFn, effort: float, max_attempts: int = 6
-) -> tuple[ConfigChange, CompiledProgram] | None:
+) -> tuple[MemoryRemedy, CompiledProgram] | None:
     """Return the first of :func:`memory_saving_changes` that fits, compiled; None if no attempt fits."""
     for change in itertools.islice(memory_saving_changes(config), max_attempts):
         logging.info("trying %s", " ".join(change.overrides))

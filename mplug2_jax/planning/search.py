@@ -74,7 +74,7 @@ class Trial:
         return not self.error
 
     @property
-    def time(self) -> str:
+    def outcome(self) -> str:
         """Return the step time, or the error."""
         return self.error or f"{self.step_seconds[0] * 1e3:,.0f} to {self.step_seconds[1] * 1e3:,.0f} ms"
 
@@ -131,10 +131,10 @@ class _CostModel:
         self._base, self._topology, self._spec = config, topology, spec
         self._batches = {name: abstract_batch(stream.data, spec) for name, stream in config.streams.items()}
         self._flops: dict[RematConfig, float] = {}
-        self._weights = spec.model_def.num_params() * 4.0
+        self._param_bytes = spec.model_def.num_params() * 4.0
         on_host = {"opt"} if config.optimizer.offload_moments else set()
         on_devices = [tree for name, tree in spec.shapes.items() if name not in on_host]
-        self._state = sum(shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(on_devices))
+        self._state_bytes = sum(shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(on_devices))
         self._tokens = sum(_tokens(config, name) for name in config.streams)
 
     def estimate(self, config: RunConfig) -> Candidate:
@@ -144,26 +144,28 @@ class _CostModel:
         compute = self._hardware_flops(config) / topology.chips / chip.peak_flops / MFU_CEILING
 
         # Weights and gradients cross the network at every use, or once per step; activations where heads are sharded.
-        weights, per_step = self._weights / mesh["tensor"], config.fsdp_gather == "step"
+        param_bytes, per_step = self._param_bytes / mesh["tensor"], config.fsdp_gather == "step"
         gathers = 1 if per_step else 2 * len(config.streams) * config.grad_accum_steps
         reductions = config.grad_accum_steps if per_step else gathers / 2
         replicas = mesh["data"] * mesh["replica"]
-        sent = (
-            weights * (1 - 1 / mesh["fsdp"]) * (gathers + reductions)
-            + 2 * weights / mesh["fsdp"] * (1 - 1 / replicas) * reductions
+        bytes_sent = (
+            param_bytes * (1 - 1 / mesh["fsdp"]) * (gathers + reductions)
+            + 2 * param_bytes / mesh["fsdp"] * (1 - 1 / replicas) * reductions
         )
         tokens = self._tokens / (topology.devices / mesh["tensor"])
         depth = config.model.vision_layers + config.model.universal_layers
-        sent += 8 * depth * tokens * config.model.width * 2.0 * (1 - 1 / mesh["tensor"])
-        network = sent / (chip.link_bandwidth * max(1, chip.links // 2) / chip.devices_per_chip)
+        bytes_sent += 8 * depth * tokens * config.model.width * 2.0 * (1 - 1 / mesh["tensor"])
+        network = bytes_sent / (chip.link_bandwidth * max(1, chip.links // 2) / chip.devices_per_chip)
 
-        state = self._state / (mesh["fsdp"] * mesh["tensor"])
-        gathered = 2 * weights if per_step and mesh["fsdp"] > 1 else weights / mesh["fsdp"]  # with gradients
+        state_bytes = self._state_bytes / (mesh["fsdp"] * mesh["tensor"])
+        gathered_bytes = (
+            2 * param_bytes if per_step and mesh["fsdp"] > 1 else param_bytes / mesh["fsdp"]
+        )  # with gradients
         # Activations saved per input activation of a layer, measured on compiled programs: mostly attention weights.
-        saved = {"none": 90.0, "dots": 15.0, "full": 1.0}[config.model.remat.vision]
+        saved_per_input = {"none": 90.0, "dots": 15.0, "full": 1.0}[config.model.remat.vision]
         microbatch = self._tokens / topology.devices / config.grad_accum_steps
-        activations = microbatch * config.model.vision_width * 2.0 * saved * config.model.vision_layers
-        memory = state + gathered + activations / 2  # half: a layout is ruled out only if certain
+        activations = microbatch * config.model.vision_width * 2.0 * saved_per_input * config.model.vision_layers
+        memory = state_bytes + gathered_bytes + activations / 2  # half: a layout is ruled out only if certain
         return Candidate(config, diff_overrides(self._base, config), compute + network, memory)
 
     def _hardware_flops(self, config: RunConfig) -> float:
@@ -207,7 +209,7 @@ def search(
         trial = _try(candidate, topology, effort, cache_dir)
         trials.append(trial)
         logging.info(
-            "%3d  %s: %s, %.1f GiB (%s); best %.0f ms; %s left", number, candidate, trial.time,
+            "%3d  %s: %s, %.1f GiB (%s); best %.0f ms; eta %s", number, candidate, trial.outcome,
             trial.memory_bytes / 2**30, "cached" if trial.cached else f"compiled in {trial.compile_seconds:.0f} s",
             min(t.mean_seconds for t in trials) * 1e3,
             format_duration(max(0.0, seconds - (time.monotonic() - start))),
@@ -236,7 +238,7 @@ def _try(candidate: Candidate, topology: Topology, effort: float, cache_dir: Pat
         return cached
     try:
         compiled = try_compile(program, effort)
-    except jax.errors.JaxRuntimeError as error:  # the search goes on with other layouts
+    except jax.errors.JaxRuntimeError as error:  # the search continues with other layouts
         return Trial(candidate, f"does not compile: {str(error).splitlines()[0][:80]}")
     if isinstance(compiled, CompiledProgram):
         report = make_report(compiled, candidate.config)

@@ -33,9 +33,9 @@ def format_range(ends: Sequence[float]) -> str:
     return " to ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in ends)
 
 
-def format_operations(traffic: ScopeTraffic, most: int = 4) -> str:
+def format_operations(traffic: ScopeTraffic, limit: int = 4) -> str:
     """Format the largest operations of a scope, with their shares of its bytes."""
-    shares = [(name, size / traffic.bytes) for name, size in list(traffic.operations.items())[:most]]
+    shares = [(name, size / traffic.bytes) for name, size in list(traffic.operations.items())[:limit]]
     return ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.01)
 
 

@@ -87,8 +87,8 @@ def matmul_passes(model: ModelConfig, platform: str) -> int:
 def collective_seconds(collective: Collective, mesh: jax.sharding.Mesh, topology: Topology) -> float:
     """Return the time of all executions of a collective: of its bytes, and of the latency of a permute.
 
-    Permutes come in loops, one after the other, with few bytes each; the latency of other collectives is small beside
-    their bytes.
+    Permutes come in loops, one after the other, with few bytes each; the latency of other collectives is negligible
+    compared with their bytes.
     """
     latency = topology.chip.permute_seconds if collective.kind == "collective-permute" else 0.0
     return collective.total_bytes / bandwidth(collective, mesh, topology) + collective.count * latency

@@ -79,14 +79,14 @@ class UnknownLoop:
 
 
 def parse_collectives(
-    program: str, mesh: jax.sharding.Mesh, *, trip_counts: Mapping[str, int] | int = 1
+    hlo_text: str, mesh: jax.sharding.Mesh, *, trip_counts: Mapping[str, int] | int = 1
 ) -> list[Collective]:
     """Return all collectives of a program, in order of first execution.
 
     Of the branches of a conditional, the one with most traffic counts.
 
     Args:
-        program: ``compiled.as_text()``.
+        hlo_text: ``compiled.as_text()``.
         mesh: the mesh that it was compiled for.
         trip_counts: of loops whose trip count the text does not determine (:func:`find_unknown_loops`): one number, or
             numbers by the loop's name (1 for loops without an entry).
@@ -94,12 +94,12 @@ def parse_collectives(
     Raises:
         ValueError: the text is not that of a program, or has replica groups of unknown format.
     """
-    return list(_ModuleWalker(parse_hlo(program), mesh, trip_counts).walk_entry())
+    return list(_ModuleWalker(parse_hlo(hlo_text), mesh, trip_counts).walk_entry())
 
 
-def find_unknown_loops(program: str, mesh: jax.sharding.Mesh) -> list[UnknownLoop]:
+def find_unknown_loops(hlo_text: str, mesh: jax.sharding.Mesh) -> list[UnknownLoop]:
     """Return the loops with collectives of unknown trip count: mostly ``lax.while_loop`` with a condition on data."""
-    walker = _ModuleWalker(parse_hlo(program), mesh, 1)
+    walker = _ModuleWalker(parse_hlo(hlo_text), mesh, 1)
     list(walker.walk_entry())
     return list(walker.unknown_loops.values())
 

@@ -140,7 +140,7 @@ def _compare(first: Evaluation, second: Evaluation, notes: list[str]) -> Compare
     is_metric = score_name in first.metrics and len(keys) == first.num_examples == second.num_examples
     metrics = [
         _compare_metric(
-            display_name(name, first.visual), name, (first.metrics[name], second.metrics[name]),
+            display_name(name, first.modality), name, (first.metrics[name], second.metrics[name]),
             (first.intervals.get(name), second.intervals.get(name)),
             interval if is_metric and name == score_name else None,
         )

@@ -30,7 +30,7 @@ _VARIABLES = {_TEXT: "var(--muted)", _GRID: "var(--line)"} | {c: f"var(--c{i})" 
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class LegendEntry:
     """The legend of a line, with its last value."""
 
     label: str
@@ -43,7 +43,7 @@ class Panel:
     """A drawing with its title and legend, which are text of the page."""
 
     title: str
-    entries: Sequence[Entry]
+    entries: Sequence[LegendEntry]
     svg: Markup
     baseline: str
     not_finite: int
@@ -63,26 +63,28 @@ class _PanelSpec:
 
     title: str
     lines: Sequence[tuple[str, str]]
-    show: Callable[[float], str]
+    format_value: Callable[[float], str]
     from_zero: bool = False
     log: bool = False
     baseline: float = math.nan
 
 
 def draw_groups(
-    curves: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], visuals: Mapping[str, str] | None = None
+    curves: Mapping[str, Curve],
+    baselines: Mapping[str, Mapping[str, float]],
+    modalities: Mapping[str, str] | None = None,
 ) -> list[Group]:
     """Return all curves of a run, the most important first.
 
     Args:
         curves: by metric.
         baselines: values to compare with, by evaluation and metric.
-        visuals: what the examples of evaluations show, "image" or "video"; images by default.
+        modalities: what the examples of evaluations show, "image" or "video"; images by default.
     """
-    drawn, room = [], _MAX_PANELS
-    for title, specs in _layout(curves, baselines, visuals or {}).items():
-        panels = [_draw(spec, curves) for spec in specs[:room]]
-        room -= len(panels)
+    drawn, remaining = [], _MAX_PANELS
+    for title, specs in _layout(curves, baselines, modalities or {}).items():
+        panels = [_draw(spec, curves) for spec in specs[:remaining]]
+        remaining -= len(panels)
         if panels:
             drawn.append(Group(title, panels))
     return drawn
@@ -94,17 +96,17 @@ def draw_panel(title: str, curves: Mapping[str, Curve]) -> Panel:
 
 
 def _layout(
-    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], visuals: Mapping[str, str]
+    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], modalities: Mapping[str, str]
 ) -> Mapping[str, list[_PanelSpec]]:
     """Return the panels of each group."""
     groups: dict[str, list[_PanelSpec]] = {}
 
     def add(
-        group: str, title: str, lines: Sequence[tuple[str, str]], show: Callable[[float], str] = compact,
+        group: str, title: str, lines: Sequence[tuple[str, str]], format_value: Callable[[float], str] = compact,
         *, from_zero: bool = False, log: bool = False,
     ) -> None:  # fmt: skip
         if lines and all(name in names for _, name in lines):
-            groups.setdefault(group, []).append(_PanelSpec(title, lines, show, from_zero, log))
+            groups.setdefault(group, []).append(_PanelSpec(title, lines, format_value, from_zero, log))
 
     add("Training", "total loss", [("", "loss")])
     rates = [name for name in names if name.startswith("learning_rate")]
@@ -131,7 +133,7 @@ def _layout(
     for cause, title in _HOST_TITLES.items():
         lines = [(kind, f"hosts/{cause}_{kind}") for kind in ("max", "median", "min")]
         add("Hosts", title, lines, percent, from_zero=True)
-    groups["Evaluations"] = _evaluations(names, baselines, visuals)
+    groups["Evaluations"] = _evaluations(names, baselines, modalities)
     shown = {name for specs in groups.values() for spec in specs for _, name in spec.lines}
     shown.add("hosts/slowest")  # the number of a process
     # These follow from the examples per second.
@@ -143,14 +145,14 @@ def _layout(
 
 
 def _evaluations(
-    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], visuals: Mapping[str, str]
+    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], modalities: Mapping[str, str]
 ) -> list[_PanelSpec]:
     """Return a panel per evaluation, per direction of retrieval, and for scores, if there are several points."""
     panels: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name in names:
         if name.startswith("eval/") and len(names[name]) > 1:
             evaluation, _, metric = name.removeprefix("eval/").rpartition("/")
-            label = display_name(metric, visuals.get(evaluation, "image"))
+            label = display_name(metric, modalities.get(evaluation, "image"))
             direction, _, cutoff = label.rpartition(" R@")
             # Values that are not fractions would press fractions to the axis.
             group = direction or ("" if is_fraction(metric) else label if metric.endswith(RANK_SUFFIX) else "scores")
@@ -189,10 +191,10 @@ def _draw(spec: _PanelSpec, curves: Mapping[str, Curve]) -> Panel:
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     entries = [
-        Entry(label, i, spec.show(curve.last))
+        LegendEntry(label, i, spec.format_value(curve.last))
         for i, ((label, _), curve) in enumerate(zip(spec.lines, lines, strict=True))
     ]
-    baseline = spec.show(spec.baseline) if math.isfinite(spec.baseline) else ""
+    baseline = spec.format_value(spec.baseline) if math.isfinite(spec.baseline) else ""
     not_finite = sum(curve.not_finite for curve in lines)
     return Panel(spec.title, entries, _to_inline_svg(buffer.getvalue()), baseline, not_finite)
 
@@ -210,7 +212,7 @@ def _style_axes(axes: Any, spec: _PanelSpec, lines: Sequence[Curve]) -> None:
     if axes.get_yscale() != "log":
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: spec.show(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: spec.format_value(value)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.grid(axis="y", color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)

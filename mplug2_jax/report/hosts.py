@@ -23,7 +23,7 @@ class HostRow:
     data: float
     step: float
     memory: float
-    named: int
+    times_slowest: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,12 @@ def read_hosts(workdir: Path) -> Hosts:
     tables = [table for before, table in lines if before == names]
     mean = np.mean(tables, axis=0)
     slow = [find_slow_host(table) for table in tables]
-    named = collections.Counter(found.process for found in slow if found)
+    times_slowest = collections.Counter(found.process for found in slow if found)
     order = np.argsort(-mean[:, :2].sum(axis=1), kind="stable")[:_MAX_ROWS]
     rows = []
     for process in map(int, order):
         data, step, memory = (round(100 * float(share), 1) for share in mean[process])
-        rows.append(HostRow(process, names[process], data, step, memory, named[process]))
+        rows.append(HostRow(process, names[process], data, step, memory, times_slowest[process]))
     found = find_slow_host(mean)
     slowest = f"Process {found.process} ({names[found.process]}) {found}." if found else ""
     return Hosts(len(names), len(tables), rows, slowest)

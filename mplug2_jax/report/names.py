@@ -46,8 +46,8 @@ def task_labels(task: str) -> TaskLabels:
     return _TASKS.get(task, TaskLabels())
 
 
-def display_name(name: str, visual: str = "image") -> str:
-    """Return a name as text; ``visual`` is what the examples show: "image" or "video".
+def display_name(name: str, modality: str = "image") -> str:
+    """Return a name as text; ``modality`` is what the examples show: "image" or "video".
 
     Example:
         >>> display_name("text_to_visual_r1"), display_name("image_question")
@@ -55,5 +55,5 @@ def display_name(name: str, visual: str = "image") -> str:
     """
     if match := _RETRIEVAL.fullmatch(name):
         reranked = " re-ranked" if match[1] else ""
-        return f"{_DIRECTIONS[match[2]].format(visual)}{reranked} {f'R@{match[3]}' if match[3] else 'median rank'}"
+        return f"{_DIRECTIONS[match[2]].format(modality)}{reranked} {f'R@{match[3]}' if match[3] else 'median rank'}"
     return _NAMES.get(name, name.replace("_", " "))

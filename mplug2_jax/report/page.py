@@ -46,12 +46,12 @@ class Page:
     is_run: bool  # else a folder of evaluations, which has nothing else
 
     @property
-    def done(self) -> float:
+    def progress_percent(self) -> float:
         """Return the percentage of the planned steps that are done."""
         return round(100 * min(self.step / self.steps, 1.0), 1) if self.steps else 0.0
 
     @property
-    def evaluated_at(self) -> int | None:
+    def eval_step(self) -> int | None:
         """Return the step of the evaluations; None if they are of several."""
         steps = {evaluation.step for evaluation in self.evaluations}
         return steps.pop() if len(steps) == 1 else None
@@ -129,7 +129,7 @@ def load_page(folder: Path) -> Page:
         streams=[_stream(name, _as_dict(stream)) for name, stream in _as_dict(config.get("streams")).items()],
         evaluations=evaluations,
         groups=draw_groups(
-            metrics.curves, {e.name: e.baselines for e in evaluations}, {e.name: e.visual for e in evaluations}
+            metrics.curves, {e.name: e.baselines for e in evaluations}, {e.name: e.modality for e in evaluations}
         ),
         history=read_run_history(folder),
         hosts=read_hosts(folder),

@@ -99,7 +99,7 @@ class Evaluation:
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
     confusion: Confusion | None
-    visual: str = "image"  # what its examples show: "image" or "video"
+    modality: str = "image"  # what its examples show: "image" or "video"
 
     @property
     def groups(self) -> list[tuple[str, list[Sample]]]:
@@ -154,14 +154,14 @@ def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
     image_errors: list[str] = []  # are only notes if the remaining content can be read
     samples = [_sample(task, row, path.parent, image_errors) for row in content["samples"]]
     published = published_results(str(content.get("recipe", "")), [str(each) for each in content.get("formats", ())])
-    visual = "video" if any(sample.strip and sample.strip.frames > 1 for sample in samples) else "image"
+    modality = "video" if any(sample.strip and sample.strip.frames > 1 for sample in samples) else "image"
     evaluation = Evaluation(
         path, path.stem, task, task_labels(task), int(content["step"]), int(content["num_examples"]),
-        [*(_metric_row(name, value, baselines.get(name, math.nan), intervals.get(name), published.get(name), visual)
+        [*(_metric_row(name, value, baselines.get(name, math.nan), intervals.get(name), published.get(name), modality)
            for name, value in metrics.items()),
          *(MetricRow(display_name(str(name)), "absent", "", "–", "–", False, 0.0, None, "", "")
            for name in content.get("absent", ()))],
-        samples, baselines, metrics, intervals, read_confusion(content.get("confusion")), visual,
+        samples, baselines, metrics, intervals, read_confusion(content.get("confusion")), modality,
     )  # fmt: skip
     notes.extend(f"{name}: an image was skipped: {reason}" for reason in image_errors)
     return evaluation
@@ -173,7 +173,7 @@ def _to_floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _metric_row(
     name: str, value: float, baseline: float, interval: tuple[float, float] | None, published: Published | None,
-    visual: str,
+    modality: str,
 ) -> MetricRow:  # fmt: skip
     ratio = ratio_to_baseline(name, value, baseline)
     # Fractions fill a bar at 100%; CIDEr, which has no maximum, at 150, where good captioners on easy data are; ranks
@@ -185,7 +185,7 @@ def _metric_row(
         return round(100 * min(max(number / full, 0.0), 1.0), 2) if math.isfinite(number) else 0.0
 
     return MetricRow(
-        display_name(name, visual), format_metric(name, value),
+        display_name(name, modality), format_metric(name, value),
         " to ".join(format_metric(name, bound) for bound in interval or ()),
         format_metric(name, baseline), _format_ratio(ratio), ratio < 1, bar_percent(value),
         bar_percent(baseline) if math.isfinite(baseline) else None,

@@ -13,6 +13,7 @@ COMPLETIONS = {
     ("train", "--config", "min"): {"mine.py"}, ("eval", "--config", "msrvtt_q"): {"msrvtt_qa"},
     ("data", "show", "dem"): {"demo"}, ("train", "--workdir", "r"): {"runs"}, ("report", "r"): {"runs"},
     ("convert", "verify", "m"): {"mine.py"}, ("data", "sample", "--out", ""): {"runs"},
+    ("eval", "--out", ""): {"runs"},
 }  # fmt: skip
 COMPLETE = """
 source "$1"

@@ -71,7 +71,7 @@ def test_invalid_options_of_the_ablation_are_refused(
 
 
 @pytest.mark.parametrize("command", ["scaling", "ablation"])
-def test_a_drawing_that_exists_is_not_overwritten(
+def test_a_plot_that_exists_is_not_overwritten(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (png := tmp_path / "mine.png").write_bytes(b"mine")
@@ -81,7 +81,7 @@ def test_a_drawing_that_exists_is_not_overwritten(
     assert png.read_bytes() == b"mine"
 
 
-def test_the_scaling_grid_is_printed_and_drawn(
+def test_the_scaling_grid_is_printed_and_plotted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train_grid(config: RunConfig, folder: Path) -> Sequence[ScalingRun]:

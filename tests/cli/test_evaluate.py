@@ -60,9 +60,7 @@ def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokenizer(
 ) -> None:
     (workdir / "config.json").unlink()
     words = ("eval", "--config", trained.recipe, "--checkpoint", workdir)
-    assert error_of(mplug2(*words)) == (
-        f"{workdir} is not the work directory of a run: give --out FOLDER for the results"
-    )
+    assert error_of(mplug2(*words)) == f"{workdir} is not the work directory of a run: give --out DIR for the results"
     shutil.rmtree(workdir / "tokenizer")
     words = (*words, "--out", workdir / "out")
     assert f"{workdir} has no tokenizer" in error_of(mplug2(*words, "--config.tokenizer.path="))

@@ -112,7 +112,7 @@ def test_a_plan_is_launched_with_its_overrides(here: Path) -> None:
         ((*GKE, "--min-slices", "2"), "--min-slices=2 must be between 1 and 1"),
         (
             (*GKE, "--slices", "4", "--config.mesh.replica=4", "--min-slices", "3"),
-            "--min-slices 3 of 4 slices: a run goes on with a number of slices that divides 4; use at most 2",
+            "--min-slices 3 of 4 slices: a run continues with a number of slices that divides 4; use at most 2",
         ),
         ((*GKE, "--slice-timeout", "60"), "--slice-timeout 60 is not used without --min-slices"),
         ((*LOCAL, "--slices", "3", "--", "train"), "--slices 3 with --processes 4: expected a multiple of the slices"),

@@ -178,7 +178,7 @@ def test_training_follows_a_plan(recipes: Path, tmp_path: Path) -> None:
     refused = mplug2("train", *words, "--config", "demo")
     assert refused.status == 2
     assert "--config demo with --plan" in refused.err
-    assert "the plan names a recipe already; give one or the other" in refused.err
+    assert "the plan already sets it; give one or the other" in refused.err
     assert not (tmp_path / "run").exists()
 
     trained = mplug2("train", *words)

@@ -1,4 +1,4 @@
-"""Ablation: the variants' runs, differences of paired seeds, and the drawing."""
+"""Ablation: the variants' runs, differences of paired seeds, and the plot."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mplug2_jax.experiments.ablation import FULL, VARIANTS, Effect, ablate, draw, effects, run_variants
+from mplug2_jax.experiments.ablation import FULL, VARIANTS, Effect, ablate, effects, plot, run_variants
 from mplug2_jax.recipes.digitworld import zero_shot_evaluations
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
 from mplug2_jax.training.durations import load_run_config
@@ -47,13 +47,13 @@ def test_effects_are_paired_by_seed_and_only_of_metrics_that_both_have() -> None
     assert row.cells()[:5] == ("no text stream", "action/top_1", "37.5%", "18.8%", "18.8%")
 
 
-def test_effects_are_drawn_also_of_one_seed_and_of_a_full_model_at_zero(tmp_path: Path) -> None:
+def test_effects_are_plotted_also_of_one_seed_and_of_a_full_model_at_zero(tmp_path: Path) -> None:
     rows = [
         Effect("no text stream", "action/top_1", [0.1, 0.2], [0.4, 0.3]),
         Effect("no text stream", "digit/top_1", [0.1, 0.2], [0.0, 0.0]),
         Effect("no video stream", "video_retrieval/text_to_visual_r1", [0.1], [0.2]),
     ]
-    draw(rows, tmp_path / "new" / "ablation.png")
+    plot(rows, tmp_path / "new" / "ablation.png")
     pixels = np.asarray(Image.open(tmp_path / "new" / "ablation.png").convert("L"))
     assert 0.001 < (pixels < 160).mean() < 0.5
 

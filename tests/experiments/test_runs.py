@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.experiments.runs import mean_interval, train_to_end
+from mplug2_jax.experiments.runs import mean_ci, train_to_end
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.durations import load_run_config
 from mplug2_jax.training.workdir import WorkDir
@@ -57,8 +57,8 @@ def test_a_run_without_its_checkpoints_is_finished_too(trained: list[Path], tmp_
 
 
 def test_the_interval_of_a_mean_is_student_s() -> None:
-    low, high = mean_interval([1.0, 2.0, 3.0])
+    low, high = mean_ci([1.0, 2.0, 3.0])
     assert (low + high) / 2 == pytest.approx(2)
     assert (high - low) / 2 == pytest.approx(4.302653 * statistics.stdev([1, 2, 3]) / math.sqrt(3), rel=1e-6)
-    assert mean_interval([4.0]) == (-math.inf, math.inf)
-    assert mean_interval([0.5] * 3) == (0.5, 0.5)
+    assert mean_ci([4.0]) == (-math.inf, math.inf)
+    assert mean_ci([0.5] * 3) == (0.5, 0.5)

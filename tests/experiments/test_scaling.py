@@ -1,4 +1,4 @@
-"""Scaling: the runs of the grid, power laws, losses that rise, and the drawing."""
+"""Scaling: the runs of the grid, power laws, losses that rise, and the plot."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from mplug2_jax.experiments import scaling
 from mplug2_jax.experiments.runs import METRICS
 from mplug2_jax.experiments.scaling import (
     ScalingRun,
-    draw,
-    find_regressions,
+    find_loss_increases,
     fit_all,
     fit_power_law,
     grid_rows,
+    plot,
     scale_run,
     train_grid,
 )
@@ -51,12 +51,12 @@ def test_losses_that_increase_with_more_steps_are_reported() -> None:
         ScalingRun(1.0, 10, 1e12, {"images/vlc": 3.0, "text/mlm": 3.0}, {}),
         ScalingRun(2.0, 10, 4e12, {"images/vlc": 4.0, "text/mlm": 9.0}, {}),  # of another width
     ]
-    assert find_regressions(runs) == [
+    assert find_loss_increases(runs) == [
         "width x1: text/mlm rises from 3.0000 after 10 steps to 3.5000 after 20",
     ]
 
 
-def test_the_grid_is_trained_read_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_grid_is_trained_read_and_plotted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def train_to_end(config: RunConfig, folder: Path, *, keep_checkpoints: bool) -> Mapping[str, Mapping[str, Any]]:
         folder.mkdir(parents=True)
         rate = 1e9 * (config.model.width / 128) ** 2
@@ -81,11 +81,11 @@ def test_the_grid_is_trained_read_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp
     assert middle.flops == pytest.approx(100 * 2e9)
     assert middle.losses == pytest.approx({"a/vlc": 9 / 100 + 1, "b/mlm": 2.0})
     assert fit_all(runs)["a/vlc"].exponent > 0
-    assert find_regressions(runs) == []
+    assert find_loss_increases(runs) == []
     rows = grid_rows(runs)
     assert rows[0][1] == "x0.5, 50"
     assert [row[0] for row in rows[1:4]] == ["TFLOP", "a/vlc", "b/mlm"]
     assert len({len(row) for row in rows}) == 1
-    draw(runs, tmp_path / "new" / "scaling.png")
+    plot(runs, tmp_path / "new" / "scaling.png")
     pixels = np.asarray(Image.open(tmp_path / "new" / "scaling.png").convert("L"))
     assert 0.001 < (pixels < 128).mean() < 0.5

@@ -145,7 +145,7 @@ def test_what_slurm_prints(tmp_path: Path) -> None:
             "--workers 4 with --shards 1: some workers would have nothing to do",
         ),
         ((*WORKERS, *CONVERT, "--out", "o", "--worker", "0/3"), "--worker 0/3: mplug2 launch sets it; remove it"),
-        ((*WORKERS, "--", "data", "validate", "digitworld:"), "data validate for several workers: expected --out FOLD"),
+        ((*WORKERS, "--", "data", "validate", "digitworld:"), "data validate for several workers: expected --out DIR"),
         ((*WORKERS, "--", "data", "show", "demo"), "data show does not run on several workers"),
         (("launch", "slurm", "--workers", "0", *CONVERT, "--out", "o"), "--workers=0 must be at least 1"),
         (("launch", "local", "--processes", "2", *CONVERT, "--out", "o"), "--workers 2 with --shards 1: some workers"),

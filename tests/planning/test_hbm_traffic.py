@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2_jax.planning.hbm_traffic import ADDED, OUTSIDE, count_hbm_bytes, hbm_traffic, traffic_by_tower
+from mplug2_jax.planning.hbm_traffic import ADDED, OUTSIDE, hbm_traffic, traffic_by_tower
 from mplug2_jax.planning.hlo import hbm_bytes
 from tests.planning.programs import loop, program
 
@@ -36,6 +36,10 @@ ARGUMENTS = """
   %stack = f32[12,8,128]{2,1,0} parameter(2)
   %i = s32[] parameter(3)
 """
+
+
+def count_hbm_bytes(hlo_text: str, *, default_trips: int = 1) -> float:
+    return sum(each.bytes for each in hbm_traffic(hlo_text, default_trips=default_trips))
 
 
 def traffic(*lines: str, computations: tuple[str, ...] = ()) -> float:

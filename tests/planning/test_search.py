@@ -69,7 +69,7 @@ def test_layouts_that_do_not_fit_are_last(candidates: list[Candidate]) -> None:
     too_large = Trial(candidates[0], "does not fit")
     assert fast.mean_seconds == 2.0
     assert slow.mean_seconds < too_large.mean_seconds
-    assert (fast.time, too_large.time) == ("1,000 to 3,000 ms", "does not fit")
+    assert (fast.outcome, too_large.outcome) == ("1,000 to 3,000 ms", "does not fit")
 
 
 @pytest.mark.slow

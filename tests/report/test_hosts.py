@@ -26,7 +26,7 @@ def test_the_busiest_host_comes_first_and_the_slowest_is_named(run: Run) -> None
     write(run, line(1, busy, idle), line(5, idle, idle, busy), '{"step": 6}\n', line(10, idle, idle, busy))
     hosts = read_hosts(run.path)
     assert (hosts.count, hosts.lines) == (3, 2)  # earlier, the run had two processes
-    assert [(row.process, row.name, row.data, row.step, row.memory, row.named) for row in hosts.rows] == [
+    assert [(row.process, row.name, row.data, row.step, row.memory, row.times_slowest) for row in hosts.rows] == [
         (2, "host-2", 90.0, 5.0, 30.0, 2), (0, "host-0", 0.0, 5.0, 30.0, 0), (1, "host-1", 0.0, 5.0, 30.0, 0)
     ]  # fmt: skip
     assert hosts.slowest == "Process 2 (host-2) waits for data for 90% of a step, the others 0%."

@@ -13,7 +13,7 @@ from mplug2_jax.conversion.engines.programs import Program, define_programs
 from mplug2_jax.conversion.export_plan import ExportPlan, plan_export
 from mplug2_jax.conversion.export_weights import TORCH_SUFFIXES, write_state
 from mplug2_jax.conversion.files.atomic import atomic_folder, check_free_space, check_not_existing
-from mplug2_jax.conversion.hub import WEIGHTS, write_settings
+from mplug2_jax.conversion.hub import WEIGHTS, write_config_and_tokenizer
 from mplug2_jax.conversion.layouts import official
 from mplug2_jax.conversion.report import Comparison, summarize_comparisons
 from mplug2_jax.conversion.runtime_files import inference_settings
@@ -84,7 +84,7 @@ def export_engine(
     )
     check_free_space(to, 3 * plan.nbytes)  # the programs share weights, and ONNX is written from a state dict
     with atomic_folder(to, overwrite=overwrite) as folder:
-        write_settings(plan, folder)
+        write_config_and_tokenizer(plan, folder)
         parts = official.TASK_PARTS[plan.task]
         params: Params = {}  # read where they are used
         if format == "stablehlo" or verify:
@@ -92,7 +92,7 @@ def export_engine(
             params, _ = plan.checkpoints.restore_params(shapes, plan.step, tree=plan.tree)
         if format == "onnx":
             with tempfile.TemporaryDirectory(dir=folder) as state:
-                write_settings(plan, Path(state))
+                write_config_and_tokenizer(plan, Path(state))
                 write_state(plan, Path(state) / WEIGHTS, plan.nbytes)
                 onnx.export_onnx(Path(state) / WEIGHTS, plan.task, programs, folder, dtype=dtype)
         else:

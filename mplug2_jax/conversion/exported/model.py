@@ -15,7 +15,7 @@ from ..torch_runtime.config import read_json
 from ..torch_runtime.decoder import DecodeFn, DecoderMemory, DecodeStep
 from ..torch_runtime.model import Encode
 from ..torch_runtime.search import generate, rank_answers
-from . import REMEDY, SETTINGS
+from . import CONFIG_NAME, REMEDY
 from .preprocessing import Preprocessor
 
 KINDS: dict[str, type[Caption] | type[VideoQA]] = {"caption": Caption, "videoqa": VideoQA}
@@ -48,9 +48,9 @@ class ExportedModel:
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compiled: bool = False,
         int8: bool = False,
     ) -> None:  # fmt: skip
-        task = read_json(folder / SETTINGS, REMEDY).get("task")
+        task = read_json(folder / CONFIG_NAME, REMEDY).get("task")
         if task not in KINDS:
-            raise UserError(f"{folder / SETTINGS}: task is {task!r}, expected {' or '.join(KINDS)}; export again")
+            raise UserError(f"{folder / CONFIG_NAME}: task is {task!r}, expected {' or '.join(KINDS)}; export again")
         self._preprocessor = Preprocessor(folder)
         model = KINDS[task].from_pretrained(folder)
         if self._preprocessor.tokenizer.vocab_size > model.config.vocab_size:

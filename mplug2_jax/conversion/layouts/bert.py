@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mplug2_jax.conversion.files.sources import TensorSource
 from mplug2_jax.conversion.layouts.name_mapping import NameMapping, compile_patterns, strip_wrappers
-from mplug2_jax.conversion.layouts.tensor_mapping import Path, TensorMapping, map_linear, map_norm
+from mplug2_jax.conversion.layouts.tensor_mapping import ParamPath, TensorMapping, map_linear, map_norm
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 
@@ -28,14 +28,14 @@ _OLD_NAMES = (
 """TensorFlow's names, and those of norms before 2019; patterns and replacements, in this order."""
 
 
-def _map_attention(name: str, path: Path, norm_path: Path, layer: int) -> Iterator[TensorMapping]:
+def _map_attention(name: str, path: ParamPath, norm_path: ParamPath, layer: int) -> Iterator[TensorMapping]:
     for which in ("query", "key", "value"):
         yield from map_linear(f"{name}.self.{which}", (*path, which), layer)
     yield from map_linear(f"{name}.output.dense", (*path, "out"), layer)
     yield from map_norm(f"{name}.output.LayerNorm", norm_path, layer)
 
 
-def map_layer(name: str, path: Path, layer: int, *, cross: bool) -> Iterator[TensorMapping]:
+def map_layer(name: str, path: ParamPath, layer: int, *, cross: bool) -> Iterator[TensorMapping]:
     """Map one layer; ``cross``: with the cross attention that the official release adds."""
     yield from _map_attention(f"{name}.attention", (*path, "self_attention"), (*path, "self_norm"), layer)
     if cross:
@@ -45,20 +45,20 @@ def map_layer(name: str, path: Path, layer: int, *, cross: bool) -> Iterator[Ten
     yield from map_norm(f"{name}.output.LayerNorm", (*path, "mlp_norm"), layer)
 
 
-def map_layers(name: str, indices: Iterable[int], path: Path, *, cross: bool) -> Iterator[TensorMapping]:
+def map_layers(name: str, indices: Iterable[int], path: ParamPath, *, cross: bool) -> Iterator[TensorMapping]:
     """Map layers ``name.i`` with these indices to a stack, in order; ``cross`` as in :func:`map_layer`."""
     for layer, i in enumerate(indices):
         yield from map_layer(f"{name}.{i}", path, layer, cross=cross)
 
 
-def map_embeddings(name: str, path: Path) -> Iterator[TensorMapping]:
+def map_embeddings(name: str, path: ParamPath) -> Iterator[TensorMapping]:
     """Map word, position and type tables and their norm."""
     for table, leaf in (("word", "words"), ("position", "positions"), ("token_type", "types")):
         yield TensorMapping(f"{name}.{table}_embeddings.weight", (*path, leaf), transform="identity")
     yield from map_norm(f"{name}.LayerNorm", (*path, "norm"))
 
 
-def map_head(name: str, path: Path) -> Iterator[TensorMapping]:
+def map_head(name: str, path: ParamPath) -> Iterator[TensorMapping]:
     """Map the masked-language-modeling head, without the matrix that is tied to the word table."""
     yield from map_linear(f"{name}.transform.dense", (*path, "dense"))
     yield from map_norm(f"{name}.transform.LayerNorm", (*path, "norm"))

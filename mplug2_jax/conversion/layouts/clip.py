@@ -6,11 +6,11 @@ from typing import Any
 
 from mplug2_jax.conversion.files.sources import TensorSource
 from mplug2_jax.conversion.layouts.name_mapping import NameMapping, compile_patterns, strip_wrappers
-from mplug2_jax.conversion.layouts.tensor_mapping import Path, TensorMapping, map_linear, map_norm
+from mplug2_jax.conversion.layouts.tensor_mapping import ParamPath, TensorMapping, map_linear, map_norm
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 
-_BLOCKS: Path = ("vision", "blocks")
+_BLOCKS: ParamPath = ("vision", "blocks")
 
 
 def map_vision(prefix: str, layers: int, *, temporal: bool) -> Iterator[TensorMapping]:

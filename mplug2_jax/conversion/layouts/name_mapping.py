@@ -11,7 +11,7 @@ from mplug2_jax.conversion.layouts.tensor_mapping import MappingsByName, TensorM
 from mplug2_jax.errors import UserError
 
 NamePatterns = tuple[tuple[re.Pattern[str], str], ...]  # patterns of whole names, and the reason why they are ignored
-Disposition = Literal["converted", "resized", "tied", "ignored", "unused"]
+SourceDisposition = Literal["converted", "resized", "tied", "ignored", "unused"]
 
 
 def compile_patterns(*patterns: tuple[str, str]) -> NamePatterns:
@@ -38,14 +38,14 @@ class NameMapping:
 class LoadReport:
     """The disposition of every tensor of a source, with its parameters or the reason why it has none."""
 
-    rows: Mapping[str, tuple[Disposition, str]]
+    rows: Mapping[str, tuple[SourceDisposition, str]]
 
-    def count(self, disposition: Disposition) -> int:
+    def count(self, disposition: SourceDisposition) -> int:
         """Count the tensors with this disposition."""
         return sum(row[0] == disposition for row in self.rows.values())
 
     def __str__(self) -> str:
-        dispositions: tuple[Disposition, ...] = ("converted", "tied", "ignored", "unused")
+        dispositions: tuple[SourceDisposition, ...] = ("converted", "tied", "ignored", "unused")
         return ", ".join(f"{self.count(d)} {d}" for d in dispositions) + f" of {len(self.rows)}"
 
 
@@ -78,7 +78,7 @@ def match_names(names: Sequence[str], name_mapping: NameMapping) -> tuple[Mappin
         UserError: tensors are unexpected or missing.
     """
     mappings = group_by_name(name_mapping.mappings)
-    rows: dict[str, tuple[Disposition, str]] = {}
+    rows: dict[str, tuple[SourceDisposition, str]] = {}
     unexpected = []
     for name in names:
         if name in mappings:

@@ -24,7 +24,7 @@ from mplug2_jax.conversion.layouts.name_mapping import (
     strip_wrappers,
 )
 from mplug2_jax.conversion.layouts.tensor_mapping import (
-    Path,
+    ParamPath,
     TensorMapping,
     get_leaf,
     get_param,
@@ -210,7 +210,7 @@ def load_official(
     by_name, report = match_names(source.names(), names)
     shapes = {tree: model_def.shapes}
     check_shapes(source, names.mappings, shapes)
-    loaded: dict[Path, HostArray] = {}
+    loaded: dict[ParamPath, HostArray] = {}
     for name, mappings in by_name.items():
         tensor = source.read(name)
         for mapping in mappings:

@@ -9,7 +9,7 @@ import numpy as np
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.model.mplug2 import Params
 
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 Transform = Literal["identity", "linear", "patch", "pointwise", "depthwise"]
 MappingsByName = dict[str, list["TensorMapping"]]  # stored name -> the parameters that it fills
 
@@ -22,7 +22,7 @@ class TensorMapping:
     """
 
     name: str
-    path: Path
+    path: ParamPath
     layer: int | None = None
     transform: Transform = "linear"
     qkv_index: int | None = None
@@ -55,14 +55,14 @@ class TensorMapping:
 
 
 def map_linear(
-    name: str, path: Path, layer: int | None = None, transform: Transform = "linear"
+    name: str, path: ParamPath, layer: int | None = None, transform: Transform = "linear"
 ) -> Iterator[TensorMapping]:
     """Map a linear layer with a bias."""
     yield TensorMapping(f"{name}.weight", (*path, "kernel"), layer, transform)
     yield TensorMapping(f"{name}.bias", (*path, "bias"), layer, "identity")
 
 
-def map_norm(name: str, path: Path, layer: int | None = None) -> Iterator[TensorMapping]:
+def map_norm(name: str, path: ParamPath, layer: int | None = None) -> Iterator[TensorMapping]:
     """Map a layer normalization."""
     yield TensorMapping(f"{name}.weight", (*path, "scale"), layer, "identity")
     yield TensorMapping(f"{name}.bias", (*path, "bias"), layer, "identity")
@@ -85,7 +85,7 @@ def group_by_name(mappings: Iterable[TensorMapping]) -> MappingsByName:
     return groups
 
 
-def get_leaf(tree: Params, path: Path) -> Any:
+def get_leaf(tree: Params, path: ParamPath) -> Any:
     """Return the leaf at a path of a nested dict."""
     node: Any = tree
     for key in path:

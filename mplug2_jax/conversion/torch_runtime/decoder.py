@@ -94,12 +94,12 @@ class TextDecoder(nn.Module):
         """Return logits [b*r, m, v] with teacher forcing: at every position of ids [b*r, m], for the token after it."""
         x = self.bert.embeddings(ids)
         tap(taps, "decoder/embed", x)
-        seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        causal_mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         if mask is not None:
-            seen = seen & broadcast_mask(mask)
-        memory_seen = None if memory_mask is None else broadcast_mask(memory_mask)
+            causal_mask = causal_mask & broadcast_mask(mask)
+        cross_mask = None if memory_mask is None else broadcast_mask(memory_mask)
         for i, layer in enumerate(self.bert.encoder.layers):
-            x = layer(x, seen, memory, memory_seen)
+            x = layer(x, causal_mask, memory, cross_mask)
             tap(taps, "decoder/layer", x, layer=i)
         logits: Tensor = self.cls.predictions(x)
         return logits
@@ -128,14 +128,14 @@ class DecodeStep(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Decode tokens [b, r] at a position [], with a cache [i, b, r, h, m, k] and a memory [i, b, h, s, k]."""
         positions = torch.arange(past_keys.shape[4], device=tokens.device)
-        is_current, is_seen = (positions == position)[:, None], (positions <= position)[None, None, None]
+        is_current, is_visible = (positions == position)[:, None], (positions <= position)[None, None, None]
         x = self.decoder.bert.embeddings(tokens.flatten()[:, None], position)
         new_keys, new_values = [], []
         for i, layer in enumerate(self.decoder.bert.encoder.layers):
             key, value = layer.attention.project(x)
             keys = torch.where(is_current, key, past_keys[i].flatten(0, 1))
             values = torch.where(is_current, value, past_values[i].flatten(0, 1))
-            x = layer.attention.attend(x, (keys, values), is_seen)
+            x = layer.attention.attend(x, (keys, values), is_visible)
             x = layer.crossattention.attend(x, (memory_keys[i], memory_values[i]), broadcast_mask(memory_mask))
             x = layer.mlp(x)
             new_keys.append(keys)

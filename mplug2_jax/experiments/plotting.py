@@ -1,4 +1,4 @@
-"""Drawings of experiments as PNG files."""
+"""Plots of experiments as PNG files."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from mplug2_jax.report.names import display_name
 
 @contextlib.contextmanager
 def png_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """Yield a figure of a size in inches, and write it, with its folder, when it has been drawn."""
+    """Yield a figure of a size in inches, and write it, with its folder, when it has been plotted."""
     with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 8}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -29,5 +29,5 @@ def png_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 def metric_title(name: str) -> str:
     """Return the displayed name of an evaluation/metric."""
     evaluation, _, metric = name.rpartition("/")
-    visual = "video" if evaluation.startswith("video") else "image"
-    return f"{display_name(evaluation)}: {display_name(metric, visual)}"
+    modality = "video" if evaluation.startswith("video") else "image"
+    return f"{display_name(evaluation)}: {display_name(metric, modality)}"
