@@ -1,5 +1,6 @@
 """Sources with one record per text, where every text must be read."""
 
+import array
 import dataclasses
 import itertools
 
@@ -17,7 +18,7 @@ class OneTextPerRecord:
 
     def __init__(self, source: Source, kind: Kind) -> None:
         self._source, self._kind = source, kind
-        self._ends = list(itertools.accumulate(map(self._count, range(len(source)))))
+        self._ends = array.array("q", itertools.accumulate(map(self._count, range(len(source)))))
 
     def _count(self, index: int) -> int:
         """Return the number of texts of a record; 1 if it is unusable or has none, so that its error is reported."""
