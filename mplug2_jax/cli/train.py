@@ -116,8 +116,12 @@ def _join_and_train(
     previous = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
     if slices and is_primary_process():
         slices.remove_earlier()
-    scaled = slices and previous and slices.matches_scaled_accum_steps(full_config, previous)
-    if scaled and previous.grad_accum_steps != config.grad_accum_steps:
+    if (
+        slices
+        and previous
+        and previous.grad_accum_steps != config.grad_accum_steps
+        and slices.matches_scaled_accum_steps(full_config, previous)
+    ):
         force = [*force, "config.grad_accum_steps"]  # --min-slices asks for this change, and for no other
     with _name_missing_files(config, WorkDir(workdir)):
         config = with_checkpoint_sizes(config, overrides, previous)
