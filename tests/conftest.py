@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent != REPOSITORY / "tests")
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs.values() if hasattr(item, "_fixtureinfo") else ()
-        if any(model_def.scope == "module" for definitions in fixtures for model_def in definitions):
+        if any(definition.scope == "module" for definitions in fixtures for definition in definitions):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
