@@ -11,6 +11,7 @@ from mplug2_jax import renames
 from mplug2_jax.config import as_recipe, build, load_recipe, override, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.fields import config_groups
+from mplug2_jax.recipes import api
 from mplug2_jax.training.config import RunConfig, StreamConfig
 
 
@@ -41,6 +42,10 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
     yield lines
     renames._warn_once.cache_clear()
+
+
+def test_recipes_may_import_classes_by_their_old_names() -> None:
+    assert (api.TaskSettings, api.AdamWConfig) == (api.TasksConfig, api.OptimizerConfig)
 
 
 def test_keys_of_a_mapping_are_renamed_too(warnings: list[str]) -> None:

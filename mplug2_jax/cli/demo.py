@@ -56,10 +56,10 @@ def add_parser(subparsers: Any) -> None:
     _add_outputs(scaling, "scaling")
     ablation = add_command(
         subcommands, "ablation", run_ablation, accepts_overrides=True,
-        summary="Pretrain without universal layers, temporal units or a stream, and compare with the full model",
+        summary="Pretrain with other universal layers, or without temporal units or a stream, and compare",
         details="Each row is a mean over seeds, with the 95% CI of the difference between models of the same seed. "
         "The full model is demo:long with fewer steps. Reads finished runs and resumes interrupted ones. Takes about "
-        "three hours on two CPU cores.",
+        "four hours on two CPU cores.",
         example="mplug2 demo ablation --only 'no universal layers' --seeds 3",
     )  # fmt: skip
     _add_outputs(ablation, "ablation")

@@ -27,7 +27,7 @@ from mplug2_jax.recipes.question_answering import vqa_recipe
 from mplug2_jax.recipes.released import released_recipe
 from mplug2_jax.recipes.retrieval import retrieval_recipe
 from mplug2_jax.recipes.summarization import summarization_recipe
-from mplug2_jax.tasks.config import TasksConfig
+from mplug2_jax.tasks.config import TasksConfig, TaskSettings
 from mplug2_jax.training.config import (
     AdamWConfig,
     CheckpointConfig,
@@ -46,9 +46,10 @@ __all__ = [
     "SIZES", "AdamWConfig", "CheckpointConfig", "ClassNames", "DataConfig", "DistillationConfig", "Durations",
     "EvaluationConfig", "ExampleConfig", "FaultConfig", "InstructionConfig", "Kind", "LoraConfig", "MeshConfig",
     "MlmConfig", "ModelConfig", "OptimizerConfig", "ProfileConfig", "RematConfig", "RunConfig", "ScheduleConfig",
-    "ScstConfig", "SearchConfig", "SourceConfig", "StreamConfig", "TaskData", "TasksConfig", "TokenizerConfig",
-    "UserError", "VisualConfig", "VlcConfig", "VlmConfig", "as_recipe", "build", "caption_recipe", "check_size",
-    "classification_recipe", "corpus_sources", "data_folder", "did_you_mean", "file_source", "glue_recipe",
-    "grounding_recipe", "load_recipe", "model_config", "parse_variant", "read_class_names", "released_recipe",
-    "retrieval_recipe", "split_folder", "summarization_recipe", "tfds_classification_recipe", "vqa_recipe",
+    "ScstConfig", "SearchConfig", "SourceConfig", "StreamConfig", "TaskData", "TaskSettings", "TasksConfig",
+    "TokenizerConfig", "UserError", "VisualConfig", "VlcConfig", "VlmConfig", "as_recipe", "build", "caption_recipe",
+    "check_size", "classification_recipe", "corpus_sources", "data_folder", "did_you_mean", "file_source",
+    "glue_recipe", "grounding_recipe", "load_recipe", "model_config", "parse_variant", "read_class_names",
+    "released_recipe", "retrieval_recipe", "split_folder", "summarization_recipe", "tfds_classification_recipe",
+    "vqa_recipe",
 ]  # fmt: skip

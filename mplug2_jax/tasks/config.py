@@ -28,3 +28,7 @@ class TasksConfig:
         """Check the ranges. Raises UserError."""
         check_range("config.tasks.label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
         check_range("config.tasks.rerank_k", self.rerank_k, 1)
+
+
+TaskSettings = TasksConfig
+"""The name of older versions, for their recipes."""

@@ -25,6 +25,7 @@ def test_variants_drop_parts_or_streams_and_the_evaluations_that_need_them() -> 
     assert runs[FULL] == config
     assert set(runs[FULL].parts()) - set(runs["no universal layers"].parts()) == {"universal"}
     assert runs["no universal layers"].evaluations == config.evaluations
+    assert runs["two universal layers"] == demo("--config.model.universal_layers=2")
     assert runs["no temporal units"].parts() == config.parts()
     assert runs["no temporal units"].freeze == ("temporal",)
     for name, stream, kind in (("no text stream", "text", "text"), ("no image stream", "image_text", "image")):

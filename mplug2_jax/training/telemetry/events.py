@@ -53,6 +53,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         event = {_OLD_KEYS.get(key, key): value for key, value in line.items()}
         event["event"] = _OLD_EVENTS.get(name := str(line.get("event")), name)
         if "kind" in event:
-            event["kind"] = _OLD_KINDS.get(event["kind"], event["kind"])
+            event["kind"] = _OLD_KINDS.get(str(event["kind"]), event["kind"])
         events.append(event)
     return events

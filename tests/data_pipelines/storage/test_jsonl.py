@@ -56,6 +56,7 @@ OLD_EVENTS = """\
 {"time": 2.5, "event": "lengthened", "step": 6, "before": 8}
 {"time": 3.5, "event": "not saved", "step": 7, "reason": "disk"}
 {"time": 4.5, "event": "config_changed", "step": 8, "field": "mesh.data", "kind": "neutral"}
+{"time": 5.5, "event": "config_changed", "step": 8, "field": "x", "kind": ["not", "a", "kind"]}
 """
 
 
@@ -65,9 +66,10 @@ def test_events_of_an_older_version_are_read_by_the_names_of_this_one(tmp_path: 
     events = EventLog(path)
     events.log_event("rolled_back", 9, to_step=8, data_offset=2)
     events.close()
-    rolled_back, extended, save_failed, changed, new = read_events(path)
+    rolled_back, extended, save_failed, changed, damaged, new = read_events(path)
     assert rolled_back == {"time": 1.5, "event": "rolled_back", "step": 5, "to_step": 4, "data_offset": 1}
     assert extended == {"time": 2.5, "event": "steps_extended", "step": 6, "old_steps": 8}
     assert save_failed == {"time": 3.5, "event": "save_failed", "step": 7, "reason": "disk"}
     assert changed == {"time": 4.5, "event": "config_changed", "step": 8, "field": "mesh.data", "kind": "execution"}
+    assert damaged["kind"] == ["not", "a", "kind"]
     assert new.items() >= {"event": "rolled_back", "step": 9, "to_step": 8, "data_offset": 2}.items()
